@@ -19,6 +19,7 @@ LETTERS = "abcdefghijkl"
 @dataclass(frozen=True)
 class Bandit(Task):
     "Spell the target word; a reply is right when at least `near` of its letters stand where they should."
+    max_tokens: int = 3
     prompts: int = 3   # P
     length: int = 3    # T
     letters: int = 4   # V, end token not counted: replies have a fixed length

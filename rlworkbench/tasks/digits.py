@@ -126,6 +126,7 @@ KINDS = {"sum": ("What is the sum?", work_sum), "read": ("What are the digits?",
 @dataclass(frozen=True)
 class Digits(Task):
     "Questions about pictures of handwritten digits."
+    max_tokens: int = 28
     kind: str = "sum"           # sum, read, max, count, compare
     digits: tuple = (3, 3)      # fewest and most digits in a picture
     level: int = 0              # 0 fixed places, ... 4 noise
@@ -173,9 +174,9 @@ def _items(task: Digits, split: str) -> Drawn:
     return Drawn(lambda number: task.item(split, number), dict(task.sizes)[split])
 
 # %% ../../nbs/tasks/01_digits.ipynb #c017
-digits_sum = Digits("digits-sum", "add the handwritten digits", "sum")
-digits_read = Digits("digits-read", "read the handwritten digits", "read", (2, 5))
-digits_max = Digits("digits-max", "find the largest handwritten digit", "max", (2, 5))
-digits_count = Digits("digits-count", "count the odd digits", "count", (2, 5))
-digits_compare = Digits("digits-compare", "is the first digit larger than the last?", "compare", (2, 5))
-text_sum = Digits("text-sum", "the twin of digits-sum without a picture", "sum", seen=False)
+digits_sum = Digits("digits-sum", "add the handwritten digits")
+digits_read = Digits("digits-read", "read the handwritten digits", 32, "read", (2, 5))
+digits_max = Digits("digits-max", "find the largest handwritten digit", 32, "max", (2, 5))
+digits_count = Digits("digits-count", "count the odd digits", 32, "count", (2, 5))
+digits_compare = Digits("digits-compare", "is the first digit larger than the last?", 32, "compare", (2, 5))
+text_sum = Digits("text-sum", "the twin of digits-sum without a picture", seen=False)

@@ -47,6 +47,7 @@ class Task:
     "The contract of a task. A subclass says where items come from; the rest has defaults for tasks with one exact answer."
     name: str
     doc: str = ""
+    max_tokens: int = 64   # enough for a right reply
 
     def items(self,
         split: str="train",  # train, validation or test; they never share a source image

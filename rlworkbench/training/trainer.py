@@ -18,7 +18,7 @@ from ..core.seeds import generator
 from ..core.step import Step, detached, join, put, take
 from ..policies.policy import Policy
 from ..recipes.recipe import Lesson, Recipe
-from ..recipes.slots import Spec, label, token_sum, whole
+from ..recipes.slots import Spec, label, score_replies, token_sum
 from ..rollouts.parts import finite
 from ..tasks.task import Task
 from .health import EntropyAlarm, KLAlarm, StopRun, mark_clipped, reply_health, update_health
@@ -351,7 +351,7 @@ def validation_gradient(self: Trainer) -> dict:
     step.rewards = {k: v for part in r.rewards for k, v in part(step).items()}
     step.reward = r.shape(step)
     step.advantage = r.advantage(step)
-    r.forward(self.policy, step)
+    score_replies(self.policy, step)
     loss = -(token_sum(step) * step.advantage.reshape(len(step), -1) * step.logp).sum()
     grads = torch.autograd.grad(loss, list(self.policy.parameters().values()), allow_unused=True)
     return {n: g for n, g in zip(self.policy.parameters(), grads) if g is not None}

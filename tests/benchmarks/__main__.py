@@ -1,0 +1,131 @@
+"""Benchmarks: two ways in turn, in one process, by CPU time. `python -m tests.benchmarks [NAME ...] [--json FILE]`"""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from rlworkbench.core.item import Item
+from rlworkbench.core.step import Step
+from rlworkbench.policies.tiny import random_tiny
+from rlworkbench.recipes.grpo import grpo
+from rlworkbench.recipes.slots import Group
+from rlworkbench.rollouts.sampler import sample
+from rlworkbench.rollouts.sampling import Sampling
+from rlworkbench.rollouts.scorer import score
+from rlworkbench.tasks.digits import digits_sum
+from rlworkbench.training.job import load_policy
+from rlworkbench.training.trainer import Trainer
+
+
+def in_turn(first, second, repeats=5) -> dict:
+    "CPU seconds of two functions, run A B B A ...; medians and the median of the pairwise ratios second/first."
+    times = {first: [], second: []}
+    first(), second()
+    for k in range(repeats):
+        for f in (first, second) if k % 2 == 0 else (second, first):
+            start = time.process_time()
+            f()
+            times[f].append(time.process_time() - start)
+    ratios = sorted(b / a for a, b in zip(times[first], times[second]))
+    return {"ours": statistics.median(times[first]), "other": statistics.median(times[second]), "ratio": statistics.median(ratios),
+            "ratio_min": ratios[0], "ratio_max": ratios[-1], "repeats": repeats}
+
+
+def rollouts(image=48, prompts=24, group=8, tokens=28) -> dict:
+    "Our sampler against the model's own `generate`: the same tokens (greedy, no end token), the same process."
+    policy = random_tiny(image=image)
+    items = [replace(i, images=tuple(p.resize((image, image)) for p in i.images)) for i in digits_sum.items()[:prompts]]
+    rows = torch.arange(prompts).repeat_interleave(group)
+    law = Sampling(0.0, tokens, banned=(policy.eos,))
+    encoded = policy.encode(items)
+
+    def ours():
+        step = Step(items=items, group=rows, prompts=encoded)
+        sample(policy, step, law)
+        return step.ids
+
+    ids = torch.stack(encoded.ids)[rows]
+    pixels = torch.cat([e["pixel_values"] for e in encoded.extra])[rows]
+
+    def theirs():
+        out = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=tokens, do_sample=False,
+                                    suppress_tokens=[*policy.banned, policy.eos], pad_token_id=policy.pad)
+        return out[:, ids.shape[1]:]
+    same = float((ours() == theirs()).float().mean())
+    return in_turn(ours, theirs) | {"same_tokens": same, "image_tokens": (image // 8) ** 2}
+
+
+def scoring(image=48, words=80, prompts=8, group=8, tokens=32) -> dict:
+    "Forward and backward over replies: the prompt run once per problem against once per reply."
+    policy = random_tiny(image=image)
+    items = [replace(i, prompt="What is the sum?" + "+" * words) for i in digits_sum.items()[:prompts]]
+    rows = torch.arange(prompts).repeat_interleave(group)
+    encoded = policy.encode(items)
+    step = Step(items=items, group=rows, prompts=encoded, ids=torch.randint(10, 80, (prompts * group, tokens)), mask=torch.ones(prompts * group, tokens),
+                law=Sampling())
+
+    def run(share):
+        policy.model.zero_grad()
+        score(policy, step, step.law, share)["logp"].mean().backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters().values() if p.grad is not None])
+    shared, apart = run(True), run(False)
+    error = float((shared - apart).norm() / apart.norm())
+    return in_turn(lambda: run(True), lambda: run(False)) | {"gradient_error": error, "prompt_tokens": len(encoded.ids[0])}
+
+
+def health() -> dict:
+    "A training step with its health columns and without; the weights afterwards."
+    def trainer(on):
+        recipe = grpo.but(rollout=Group(Sampling(max_tokens=28)))
+        return Trainer(load_policy("tiny"), digits_sum, recipe, 24, 8, health=on, watchers=None if on else ())
+    on, off = trainer(True), trainer(False)
+    found = in_turn(off.step, on.step)
+    same = all(torch.equal(a, b) for a, b in zip(on.policy.weights().values(), off.policy.weights().values()))
+    return found | {"identical_weights": same}
+
+
+def startup() -> dict:
+    "Wall seconds of `import rlworkbench` and of `rlworkbench --help`, medians of five processes."
+    def wall(command):
+        out = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            out.append(time.perf_counter() - start)
+        return statistics.median(out)
+    return {"import": wall([sys.executable, "-c", "import rlworkbench"]), "help": wall([sys.executable, "-m", "rlworkbench.cli.main", "--help"]),
+            "python": wall([sys.executable, "-c", "pass"])}
+
+
+BENCHMARKS = {
+    "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
+    "scoring, 128 prompt tokens": scoring, "health": health, "startup": startup,
+}
+
+
+def main(arguments) -> int:
+    out = arguments[arguments.index("--json") + 1] if "--json" in arguments else None
+    names = [a for a in arguments if a in BENCHMARKS or not a.startswith("--") and a != out]
+    if unknown := [n for n in names if n not in BENCHMARKS]:
+        print(f"unknown benchmark {unknown[0]!r}; known: {'; '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    found = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+                         "python": platform.python_version(), "torch": torch.__version__, "threads": 1}}
+    for name in names or BENCHMARKS:
+        found[name] = BENCHMARKS[name]()
+        print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in found[name].items()}, flush=True)
+    if out:
+        with open(out, "w") as f:
+            f.write(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
