@@ -22,25 +22,37 @@ from .policy import Cache, Policy, Prompts, view
 
 # %% ../../nbs/policies/02_hugging.ipynb #c005
 class RoomyLayer(DynamicLayer):
-    "A cache layer that doubles its room when it is full, for decoding without gradient."
+    "Some rows of a cache layer, with room for further tokens; it doubles when it is full. For decoding without gradient."
 
-    def __init__(self, layer: DynamicLayer):
+    def __init__(self,
+        layer: DynamicLayer,
+        rows: torch.Tensor,   # (N,) which rows, as often as they are named
+        room: int,            # tokens to come
+    ):
         super().__init__()
-        self.filled = layer.keys.shape[-2]
-        self.room_keys, self.room_values = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self.keys, self.values = layer.keys, layer.values
+        self.filled = layer.keys.shape[-2]
+        self.wide = [self.widen(x, room, rows) for x in (layer.keys, layer.values)]
+        self.narrow()
+
+    def widen(self, x, room: int, rows=None):
+        "A copy with further columns."
+        out = x.new_empty((len(x) if rows is None else len(rows), x.shape[1], self.filled + room, x.shape[3]))
+        out[:, :, :self.filled] = x[:, :, :self.filled] if rows is None else x[rows]
+        return out
+
+    def narrow(self):
+        "Show the filled part as keys and values."
+        self.keys, self.values = (x[:, :, :self.filled] for x in self.wide)
 
     def update(self, key_states, value_states, *args, **kwargs):
         end = self.filled + key_states.shape[-2]
-        if end > self.room_keys.shape[-2]:
-            more = (0, 0, 0, max(64, end))
-            self.room_keys = torch.nn.functional.pad(self.room_keys, more)
-            self.room_values = torch.nn.functional.pad(self.room_values, more)
-        self.room_keys[:, :, self.filled:end] = key_states
-        self.room_values[:, :, self.filled:end] = value_states
+        if end > self.wide[0].shape[-2]:
+            self.wide = [self.widen(x, end) for x in self.wide]
+        for wide, new in zip(self.wide, (key_states, value_states)):
+            wide[:, :, self.filled:end] = new
         self.filled = end
-        self.keys, self.values = self.room_keys[:, :, :end], self.room_values[:, :, :end]
+        self.narrow()
         return self.keys, self.values
 
 # %% ../../nbs/policies/02_hugging.ipynb #c007
@@ -163,13 +175,14 @@ def prefill(self: HuggingPolicy, prompts: Prompts) -> Cache:
 
 
 @patch
-def select(self: HuggingPolicy, cache: Cache, rows: torch.Tensor) -> Cache:
+def select(self: HuggingPolicy, cache: Cache, rows: torch.Tensor, room: int = 0) -> Cache:
     "The cache of those rows, as often as they are named; the original stays as it was."
     past = copy.copy(cache.past)
-    past.layers = [copy.copy(layer) for layer in past.layers]
-    past.batch_select_indices(rows)
-    if not torch.is_grad_enabled():
-        past.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in past.layers]
+    if room and not torch.is_grad_enabled() and all(type(layer) is DynamicLayer for layer in past.layers):
+        past.layers = [RoomyLayer(layer, rows, room) for layer in past.layers]
+    else:
+        past.layers = [copy.copy(layer) for layer in past.layers]
+        past.batch_select_indices(rows)
     return Cache(past, None if cache.mask is None else cache.mask[rows], cache.position[rows], cache.hidden[rows])
 
 

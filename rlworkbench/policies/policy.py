@@ -64,8 +64,8 @@ class Policy:
         "Run the prompts, once each."
         raise NotImplementedError
 
-    def select(self, cache: Cache, rows: torch.Tensor) -> Cache:
-        "The cache of those rows, in that order and as often as they are named (N); differentiable."
+    def select(self, cache: Cache, rows: torch.Tensor, room: int = 0) -> Cache:
+        "The cache of those rows, in that order and as often as they are named (N); differentiable. `room`: tokens to come, a hint."
         raise NotImplementedError
 
     def step(self, cache: Cache, ids: torch.Tensor, last: bool = False) -> torch.Tensor:

@@ -34,7 +34,7 @@ class TablePolicy(Policy):
         prompt = torch.cat(prompts.ids)
         return Cache(prompt, None, torch.ones_like(prompt), self.table[prompt, 0])
 
-    def select(self, cache, rows):
+    def select(self, cache, rows, room=0):
         return Cache(cache.past[rows], None, cache.position[rows], cache.hidden[rows])
 
     def step(self, cache, ids, last=False):

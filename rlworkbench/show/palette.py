@@ -113,6 +113,9 @@ class Drawing(str):
     def _repr_svg_(self):
         return str(self)
 
+    def __repr__(self):
+        return f"<Drawing: {len(self)} characters of SVG>"
+
 
 def drawing(
     shapes: list,   # SVG elements

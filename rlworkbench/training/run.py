@@ -45,9 +45,10 @@ class Config:
     format: int = FORMAT
 
     def __post_init__(self):
-        for name in ("steps", "prompts", "group"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}")
+        for name, least in (("steps", 1), ("prompts", 1), ("group", 1), ("max_tokens", 1), ("micro", 1), ("evaluate", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least) and not (value is None and name in ("max_tokens", "micro")):
+                raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr!r}")
         if self.record not in ("small", "full"):
@@ -103,11 +104,12 @@ class Run:
 
     @classmethod
     def create(cls, folder, config: Config):
-        "A new run folder. Raises ValueError if the folder holds anything."
+        "A new run folder. Raises ValueError if the folder holds anything but a run that failed before its first step."
         run = cls(folder)
+        begun = (run.folder / "metrics.jsonl").exists() or any((run.folder / "checkpoints").glob("*"))
         if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-            what = "a run" if (run.folder / "config.json").exists() else "something"
-            raise ValueError(f"{run.folder} already holds {what}; choose another --out or remove it")
+            if begun or not (run.folder / "config.json").exists():
+                raise ValueError(f"{run.folder} already holds {'a run' if begun else 'something'}; choose another --out or remove it")
         for part in ("steps", "images", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         import transformers

@@ -10,7 +10,7 @@ import torch
 
 from ..core.item import Item
 from ..core.seeds import generator
-from ..core.step import Step, take
+from ..core.step import Step, put, take
 from ..policies.table import expected_reward, uniform
 from ..recipes.recipe import Recipe
 from ..recipes.slots import Group
@@ -51,6 +51,9 @@ def trial(
     batch = take(step, recipe.keep(step))
     batch.advantage = recipe.advantage(batch)
     prepare(recipe, batch)
+    for name in ("advantage", "ratio", "weight", "coef", "clipped"):
+        setattr(step, name, None)
+        put(step, batch, name)
     rows = torch.arange(len(batch)).split(micro or len(batch))
     loss = sum(policy_loss(recipe, take(batch, r)) for r in rows)
     return loss.detach(), torch.autograd.grad(loss, step.logp)[0]

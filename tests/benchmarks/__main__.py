@@ -61,7 +61,7 @@ def rollouts(image=48, prompts=24, group=8, tokens=28) -> dict:
     return in_turn(ours, theirs) | {"same_tokens": same, "image_tokens": (image // 8) ** 2}
 
 
-def scoring(image=48, words=80, prompts=8, group=8, tokens=32) -> dict:
+def scoring(image=48, words=82, prompts=8, group=8, tokens=32) -> dict:
     "Forward and backward over replies: the prompt run once per problem against once per reply."
     policy = random_tiny(image=image)
     items = [replace(i, prompt="What is the sum?" + "+" * words) for i in digits_sum.items()[:prompts]]

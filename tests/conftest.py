@@ -1,0 +1,138 @@
+"""What several tests share: three policies, some problems, one thread, and `--slow`."""
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from rlworkbench.core.registry import recipes
+from rlworkbench.core.step import take
+from rlworkbench.policies.table import TablePolicy
+from rlworkbench.recipes.recipe import Recipe
+from rlworkbench.recipes.slots import Group, kl_penalty
+from rlworkbench.rollouts.sampler import sample
+from rlworkbench.rollouts.sampling import Sampling
+from rlworkbench.tasks.bandit import Bandit
+from rlworkbench.training.trainer import Trainer
+
+torch.set_num_threads(1)
+
+SPELL = Bandit("spell", prompts=3, length=6, letters=4, near=2)   # 'd' ends a reply, so that replies have 1 to 6 tokens
+LAW = Sampling(max_tokens=SPELL.length)
+PLAIN = Recipe("plain", rollout=Group(LAW))
+RECIPES = [r for r in recipes.all().values() if isinstance(r, Recipe)]
+VARIANTS = [PLAIN, *(PLAIN.but(name=f"plain_{k}", penalty=kl_penalty(.1, k)) for k in ("k1", "k2", "k3"))]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
+
+
+class Ending(TablePolicy):
+    "A table whose letter 'd' ends a reply."
+    def __init__(self, logits):
+        super().__init__(logits)
+        self.eos = 3
+
+    def copy(self):
+        other = Ending(self.table.detach())
+        other.table.requires_grad_(False)
+        return other
+
+
+def ending(seed=0, task=SPELL) -> Ending:
+    "A table of random logits that can end its replies."
+    return Ending(torch.randn(task.prompts, task.length, task.letters, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+@dataclass(frozen=True, repr=False)
+class Script(Group):
+    "Replies that are dictated to a table: G strings, the same for each problem."
+    replies: tuple = ()
+
+    def __call__(self, policy, step):
+        step.law, step.prompts = self.sampling, policy.encode(step.items)
+        step.group = torch.arange(len(step.items)).repeat_interleave(step.size[1])
+        said = [policy.tokens(r) for r in self.replies] * len(step.items)
+        given = torch.tensor([(r + [0] * self.sampling.max_tokens)[:self.sampling.max_tokens] for r in said])
+        sample(policy, step, self.sampling, given)
+        step.origin.zero_()
+
+
+def on_table(recipe, **changes) -> Recipe:
+    "A recipe in its own form, with replies as long as the table allows."
+    law = replace(recipe.rollout.sampling, max_tokens=LAW.max_tokens)
+    return recipe.but(**({"rollout": replace(recipe.rollout, sampling=law), "batches": 1, "epochs": 1} | changes))
+
+
+def collected(recipe, policy=None, group=8, seed=0, task=SPELL):
+    "A trainer and its step as it stands before the update; the reference is another table."
+    trainer = Trainer(policy or ending(), task, recipe, prompts=3, group=group, lr=.1, seed=seed)
+    if trainer.reference is not None and isinstance(trainer.reference, TablePolicy):
+        trainer.reference = ending(7, task)
+    step = next(s for s in trainer.phases() if s.phase == "advantage")
+    return trainer, take(step, torch.arange(len(step)))
+
+
+def flat(policy) -> torch.Tensor:
+    "All weights in one row."
+    return torch.cat([p.detach().flatten() for p in policy.weights().values()])
+
+
+def sharpen(policy, factor=6.0):
+    "Random weights give nearly uniform replies; a larger last norm makes a policy that prefers some."
+    with torch.no_grad():
+        policy.tower.norm.weight.mul_(factor)
+    return policy
+
+
+def fresh(name: str, double=False):
+    "A new policy by name."
+    if name == "table":
+        return ending()
+    from rlworkbench.policies.families import small_qwen
+    from rlworkbench.policies.tiny import random_tiny
+    policy = sharpen({"random-tiny": random_tiny, "small-qwen": small_qwen}[name]())
+    if double:
+        policy.model.double()
+    return policy
+
+
+def unchanged(policy):
+    "Lend a policy to tests, and see that none of them trained it."
+    before = flat(policy)
+    yield policy
+    assert torch.equal(before, flat(policy)), "a test changed the shared policy"
+
+
+@pytest.fixture(scope="session")
+def table():
+    yield from unchanged(fresh("table"))
+
+
+@pytest.fixture(scope="session")
+def random_tiny():
+    yield from unchanged(fresh("random-tiny"))
+
+
+@pytest.fixture(scope="session")
+def small_qwen():
+    yield from unchanged(fresh("small-qwen"))
+
+
+@pytest.fixture(scope="session", params=["random-tiny", "small-qwen"])
+def model(request):
+    "Both families in turn, float32."
+    return request.getfixturevalue(request.param.replace("-", "_"))
+
+
+@pytest.fixture(scope="session")
+def digits():
+    "Two problems with a picture, two without; their prompts have different lengths."
+    from rlworkbench.tasks.digits import digits_sum, text_sum
+    return digits_sum.items()[:2] + text_sum.items()[:2]
