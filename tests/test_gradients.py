@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 
-from rlworkbench.core.registry import recipes
 from rlworkbench.core.step import Step, take
 from rlworkbench.policies.table import TablePolicy, expected_reward
 from rlworkbench.recipes.slots import Group, clipped, kl_estimate, kl_penalty, none, spread, token_sum, total
@@ -16,8 +15,9 @@ from rlworkbench.rollouts.sampler import describe
 from rlworkbench.rollouts.sampling import Sampling, read_logits, shape_logits, token_stats
 from rlworkbench.rollouts.scorer import score
 from rlworkbench.tasks.bandit import Bandit, bandit
+from rlworkbench.training.loss import losses, prepare
 from rlworkbench.training.supply import rescore
-from rlworkbench.training.trainer import Trainer, losses, prepare
+from rlworkbench.training.trainer import Trainer
 from tests.conftest import PLAIN, RECIPES, SPELL, VARIANTS, collected, ending, on_table
 
 BY_NAME = {r.name: on_table(r) for r in (*RECIPES, *VARIANTS)}
@@ -123,40 +123,129 @@ def test_on_policy_each_token_is_pushed_by_its_advantage(recipe):
 
 
 def tokens(batch):
-    "Row, place, and what is known of each token that counts, as plain numbers."
+    "Row, place, advantage, ratio and the reply's own ratio (geometric mean) of each token that counts, as plain numbers."
     for i, n in enumerate(batch.length.tolist()):
-        A = batch.advantage[i]
+        log_ratio = [float(batch.logp[i, t] - batch.old[i, t]) for t in range(n)]
         for t in range(n):
-            yield i, t, n, float(A if A.dim() == 0 else A[t]), float((batch.logp[i, t] - batch.old[i, t]).exp())
+            A = batch.advantage[i] if batch.advantage.dim() == 1 else batch.advantage[i, t]
+            yield i, t, float(A), math.exp(log_ratio[t]), math.exp(sum(log_ratio) / n)
 
 
-def open_gate(A, r, low, high):
+def gate(A, r, low, high):
     "1 where PPO's pessimistic clip lets the gradient through."
     return 0. if (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low) else 1.
 
 
-BY_HAND = {
-    "reinforce": lambda A, r, s, n: -A,
-    "rloo": lambda A, r, s, n: -A,
-    "grpo": lambda A, r, s, n: -A * r * open_gate(A, r, .2, .2),
-    "plain": lambda A, r, s, n: -A * r * open_gate(A, r, .2, .2),
-    "dr_grpo": lambda A, r, s, n: -A * r * open_gate(A, r, .2, .2),
-    "dapo": lambda A, r, s, n: -A * r * open_gate(A, r, .2, .28),
+SLOPE = {   # of a token's surrogate, by its log-prob
+    "reinforce": lambda A, r, s: -A,
+    "rloo": lambda A, r, s: -A,
+    "reinforce_pp": lambda A, r, s: -A * r * gate(A, r, .2, .2),
+    "plain": lambda A, r, s: -A * r * gate(A, r, .2, .2),
+    "grpo": lambda A, r, s: -A * r * gate(A, r, .2, .2),
+    "dr_grpo": lambda A, r, s: -A * r * gate(A, r, .2, .2),
+    "dapo": lambda A, r, s: -A * r * gate(A, r, .2, .28),
+    "entropy20": lambda A, r, s: -A * r * gate(A, r, .2, .28),
+    "gspo": lambda A, r, s: -A * s * gate(A, s, 3e-4, 4e-4),
+    "cispo": lambda A, r, s: -A * min(r, 5.),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in BY_HAND if n in BY_NAME])
-def test_off_policy_coefficients_by_hand(name):
+@pytest.mark.parametrize("name", [n for n in SLOPE if n in BY_NAME])
+def test_off_policy_slopes_by_hand(name):
     recipe = BY_NAME[name].but(penalty=none)
-    _, batch = off_policy(recipe)
+    _, batch = off_policy(recipe, drift=3.)
     logp = leaf(batch.logp)
     gradient, = torch.autograd.grad(losses(recipe, replace(batch, logp=logp))["policy"], logp)
     gates = set()
-    for i, t, n, A, r in tokens(batch):
-        expected = BY_HAND[name](A, r, None, n) * float(batch.coef[i, t] * batch.weight[i, t])
-        assert math.isclose(float(gradient[i, t]), expected, rel_tol=1e-9, abs_tol=1e-14), (i, t)
-        gates.add((A > 0, expected == 0))
-    assert name in ("reinforce", "rloo") or gates == {(True, True), (True, False), (False, True), (False, False)}
+    for i, t, A, r, s in tokens(batch):
+        slope = SLOPE[name](A, r, s)
+        gates.add((A > 0, slope == 0, r > 5))
+        assert math.isclose(float(gradient[i, t]), slope * float(batch.coef[i, t] * batch.weight[i, t]), rel_tol=1e-9, abs_tol=1e-14), (i, t)
+    assert {g[2] for g in gates} == {True, False}
+    assert name in ("reinforce", "rloo", "cispo") or {g[:2] for g in gates} == set(product((True, False), repeat=2))
+
+
+def in_group(batch, i):
+    "The rewards of the group that reply i belongs to, its own left out."
+    return [float(r) for j, r in enumerate(batch.reward) if batch.group[j] == batch.group[i] and j != i]
+
+
+def zscore(batch, i):
+    R, others = float(batch.reward[i]), in_group(batch, i)
+    mean = (R + sum(others)) / (len(others) + 1)
+    variance = sum((r - mean) ** 2 for r in (R, *others)) / len(others)
+    return (R - mean) / (variance ** .5 + 1e-4)
+
+
+ADVANTAGE = {
+    "reinforce": lambda b, i: float(b.reward[i]),
+    "rloo": lambda b, i: float(b.reward[i]) - sum(in_group(b, i)) / len(in_group(b, i)),
+    "dr_grpo": lambda b, i: float(b.reward[i]) - (float(b.reward[i]) + sum(in_group(b, i))) / (len(in_group(b, i)) + 1),
+    **dict.fromkeys(("plain", "grpo", "dapo", "gspo", "cispo", "entropy20"), zscore),
+}
+COEFFICIENT = {
+    **dict.fromkeys(("plain", "grpo", "gspo"), lambda b, i: 1 / len(b) / float(b.mask[i].sum())),
+    **dict.fromkeys(("reinforce_pp", "dapo", "cispo", "entropy20"), lambda b, i: 1 / float(b.mask.sum())),
+    **dict.fromkeys(("reinforce", "rloo"), lambda b, i: 1 / len(b)),
+    "dr_grpo": lambda b, i: 1 / len(b) / SPELL.length,
+}
+
+
+@pytest.mark.parametrize("name", [n for n in ADVANTAGE if n in BY_NAME])
+def test_advantages_by_hand(name):
+    _, batch = off_policy(BY_NAME[name])
+    assert batch.reward.unique().numel() > 1
+    for i in range(len(batch)):
+        assert math.isclose(float(batch.advantage[i]), ADVANTAGE[name](batch, i), rel_tol=1e-9, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in COEFFICIENT if n in BY_NAME])
+def test_coefficients_by_hand(name):
+    _, batch = off_policy(BY_NAME[name])
+    for i, n in enumerate(batch.length.tolist()):
+        for t in range(batch.mask.shape[1]):
+            assert math.isclose(float(batch.coef[i, t]), COEFFICIENT[name](batch, i) * (t < n), rel_tol=1e-12)
+
+
+@pytest.mark.skipif("reinforce_pp" not in BY_NAME, reason="not written yet")
+def test_returns_of_reinforce_pp_by_hand():
+    """Outcome at the last token, the divergence paid at each, summed from the end, whitened over all tokens."""
+    recipe = BY_NAME["reinforce_pp"]
+    _, batch = off_policy(recipe)
+    returns = {}
+    for i, n in enumerate(batch.length.tolist()):
+        for t in range(n):
+            paid = sum(.01 * float(batch.old[i, k] - batch.ref[i, k]) for k in range(t, n))
+            returns[i, t] = float(batch.correct[i]) - paid
+    mean = sum(returns.values()) / len(returns)
+    std = (sum((r - mean) ** 2 for r in returns.values()) / (len(returns) - 1) + 1e-8) ** .5
+    assert (batch.old - batch.ref).abs().max() > .1
+    for (i, t), r in returns.items():
+        assert math.isclose(float(batch.advantage[i, t]), (r - mean) / std, rel_tol=1e-9, abs_tol=1e-12)
+    assert (batch.advantage[batch.mask == 0] == 0).all()
+
+
+@pytest.mark.skipif("entropy20" not in BY_NAME, reason="not written yet")
+def test_weights_of_entropy20_by_hand():
+    """The fifth of all tokens with the highest entropy, padding not counted."""
+    _, batch = off_policy(BY_NAME["entropy20"])
+    entropies = sorted((float(batch.entropy[i, t]), i, t) for i, t, *_ in tokens(batch))
+    cut = len(entropies) - round(.2 * len(entropies))
+    least = min(e for e, i, t in entropies if batch.weight[i, t] == 1)
+    assert all(batch.weight[i, t] == 0 for e, i, t in entropies if e < least)
+    assert least in (entropies[cut - 1][0], entropies[cut][0], entropies[cut + 1][0])
+    assert (batch.weight[batch.mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in ("dapo", "entropy20") if n in BY_NAME])
+def test_dapo_keeps_mixed_groups_and_counts_length(name):
+    _, batch = off_policy(BY_NAME[name])
+    for g in batch.group.unique():
+        assert 0 < batch.correct[batch.group == g].sum() < 8
+    T = SPELL.length
+    for i, n in enumerate(batch.length.tolist()):
+        assert math.isclose(float(batch.reward[i] - batch.correct[i]), min(0., (.8 * T - n) / (.2 * T)), abs_tol=1e-12)
+    assert (batch.length == T).any() and (batch.length < .8 * T).any()
 
 
 # --- sums over all replies ---

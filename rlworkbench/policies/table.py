@@ -8,8 +8,8 @@ __all__ = ['table', 'TablePolicy', 'uniform', 'expected_reward']
 # %% ../../nbs/policies/01_table.ipynb #c002
 import torch
 
-from .policy import Cache, Policy, PolicySpec, Prompts
 from ..tasks.bandit import LETTERS, bandit
+from .policy import Cache, Policy, PolicySpec, Prompts
 
 # %% ../../nbs/policies/01_table.ipynb #c004
 class TablePolicy(Policy):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ..core.reductions import group_mean
 from ..core.step import Step, need
+from ..rollouts.parts import task_score
 from .grpo import grpo
 from .slots import Spec, clipped, slot, token_mean
-from ..rollouts.parts import task_score
 
 # %% ../../nbs/recipes/07_dapo.ipynb #c008
 @slot("0 < #right < G", needs={"group"})

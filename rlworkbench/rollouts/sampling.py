@@ -6,12 +6,12 @@
 __all__ = ['TILE', 'Sampling', 'shape_logits', 'read_logits', 'token_stats', 'draw']
 
 # %% ../../nbs/rollouts/00_sampling.ipynb #c002
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 # %% ../../nbs/rollouts/00_sampling.ipynb #c004
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sampling:
     "How replies are drawn. Temperature 0 is greedy; top-p and top-k are for evaluation and are not scored."
     temperature: float = 1.0        # 0: greedy
@@ -27,6 +27,10 @@ class Sampling:
                                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"), ("top_k", self.top_k >= 0, "0 or more")):
             if not ok:
                 raise ValueError(f"{name} must be {says}, got {getattr(self, name)}")
+
+    def __repr__(self):
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Sampling({', '.join(changed)})"
 
     @property
     def trainable(self) -> bool:

@@ -33,7 +33,7 @@ class Aligned:
     def _repr_html_(self):
         return self.html
 
-
+# %% ../../nbs/show/04_aligned.ipynb #c005
 def aligned_strips(
     rows,           # {label: Strip}, or pairs of them
     title: str="",
@@ -46,13 +46,15 @@ def aligned_strips(
     shared = {k: widest([s.scale for _, s in rows if s.scale.kind == k]) for k in {s.scale.kind for _, s in rows}}
     return Aligned(tuple((str(label), replace(strip, scale=shared[strip.scale.kind])) for label, strip in rows), title)
 
-# %% ../../nbs/show/04_aligned.ipynb #c006
+# %% ../../nbs/show/04_aligned.ipynb #c007
 def _together(strips: list) -> list:
-    kinds = {s.scale.kind: [t for t in strips if t.scale.kind == s.scale.kind] for s in strips}
-    joined = [(group[0], [sum(columns, ()) for columns in zip(*((s.pieces, s.values, s.marks, s.notes) for s in group))]) for group in kinds.values()]
-    return [Strip(pieces, values, first.scale, marks, notes) for first, (pieces, values, marks, notes) in joined]
+    "One long strip per scale: what the legend speaks of."
+    def joined(group):
+        pieces, values, marks, notes = (sum((getattr(s, name) for s in group), ()) for name in ("pieces", "values", "marks", "notes"))
+        return Strip(pieces, values, group[0].scale, marks, notes)
+    return [joined([s for s in strips if s.scale == law]) for law in dict.fromkeys(s.scale for s in strips)]
 
-
+# %% ../../nbs/show/04_aligned.ipynb #c008
 def aligned_svg(aligned: Aligned, width: int=860, height: int=17) -> Drawing:
     "Aligned strips as a still."
     rows, out = aligned.rows, []
@@ -66,7 +68,8 @@ def aligned_svg(aligned: Aligned, width: int=860, height: int=17) -> Drawing:
         for k, (label, strip) in enumerate(rows, 1):
             at = y + 4 + height * k
             head.append(f'<text x="{EDGE}" y="{at + 11}" font-size="12" {paint("soft")}>{plain(shorten(label, 21))}</text>')
-            out += [f'<rect x="{x:.1f}" y="{at}" width="{w:.1f}" height="{height - 3}" rx="3" {paint("panel")}/>' for i, _, x, w in place if strip.values[i] is not None]
+            grounds = [f'x="{x:.1f}" y="{at}" width="{w:.1f}" height="{height - 3}"' for i, _, x, w in place if strip.values[i] is not None]
+            out += [f'<rect {box} rx="3" {paint("panel")}/>' for box in grounds]
             out += [token_svg(strip, i, x, at, w, height - 3) for i, _, x, w in place]
         y += height * (len(rows) + 1) + 18
     return drawing([*head, mono(out)], width, y, aligned.title or "aligned strips")

@@ -11,9 +11,6 @@ import html
 import math
 import re
 
-import plotly.graph_objects as go
-import plotly.io
-
 # %% ../../nbs/show/00_palette.ipynb #c005
 COLOURS = {  # what it means: (on light paper, on dark paper)
     "ink": ("#1c2128", "#e4e8ed"), "soft": ("#5b636d", "#9aa3ad"), "rule": ("#dfe3e8", "#333a43"),
@@ -82,7 +79,7 @@ def shorten(
     text = str(text)
     return text if len(text) <= most else text[:most - 1].rstrip() + "…"
 
-
+# %% ../../nbs/show/00_palette.ipynb #c019
 def number(
     value: float,       # may be infinite or not a number
     signed=False,       # write + as well
@@ -97,7 +94,7 @@ def number(
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
     return (sign + text).replace("-", "−")
 
-# %% ../../nbs/show/00_palette.ipynb #c020
+# %% ../../nbs/show/00_palette.ipynb #c022
 def paint(
     fill: str="none",   # a key of COLOURS, or none
     stroke: str="none",
@@ -116,7 +113,7 @@ class Drawing(str):
     def __repr__(self):
         return f"<Drawing: {len(self)} characters of SVG>"
 
-
+# %% ../../nbs/show/00_palette.ipynb #c023
 def drawing(
     shapes: list,   # SVG elements
     width: float,   # pixels
@@ -128,29 +125,34 @@ def drawing(
     used = sorted(set(re.findall(r"\b([fs])-([\w-]+)", " ".join(re.findall(r'class="([^"]*)"', body)))) | {("f", "paper")})
     rules = "".join(f".rlw .{k}-{n}{{{'fill' if k == 'f' else 'stroke'}:var(--rlw-{n})}}" for k, n in used)
     style = css(".rlw", sorted({n for _, n in used})) + rules
-    return Drawing(f'<svg xmlns="http://www.w3.org/2000/svg" class="rlw" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-                   f'role="img" aria-label="{plain(label)}" style="max-width:100%;height:auto" font-family="{FONT}"><style>{style}</style>'
-                   f'<rect width="100%" height="100%" rx="6" {paint("paper")}/>{body}</svg>')
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" style="max-width:100%;height:auto"'
+    return Drawing(f'<svg xmlns="http://www.w3.org/2000/svg" class="rlw" {size} role="img" aria-label="{plain(label)}" '
+                   f'font-family="{FONT}"><style>{style}</style><rect width="100%" height="100%" rx="6" {paint("paper")}/>{body}</svg>')
 
-# %% ../../nbs/show/00_palette.ipynb #c025
-def template() -> go.layout.Template:
+# %% ../../nbs/show/00_palette.ipynb #c028
+def template():  # plotly's layout.Template
     "Calm axes, transparent paper, colours that can be read in light and in dark."
+    from plotly.graph_objects import layout
     axis = dict(gridcolor="rgba(128,136,146,.2)", zerolinecolor="rgba(128,136,146,.55)", zeroline=True, zerolinewidth=1, ticks="",
                 nticks=6, automargin=True, title=dict(standoff=8))
-    return go.layout.Template(layout=dict(
-        font=dict(family=FONT, size=12, color=colour("soft", "both")), title=dict(x=0, xanchor="left", font=dict(size=14), pad=dict(l=4)),
+    fewer = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+    return layout.Template(layout=dict(
+        font=dict(family=FONT, size=12, color=colour("soft", "both")),
+        title=dict(x=0, xanchor="left", font=dict(size=14, weight=600), pad=dict(l=4)),
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=[colour(n, "both") for n in RUNS], showlegend=False,
-        margin=dict(l=8, r=8, t=44, b=8), hovermode="closest", bargap=.25, xaxis=axis | dict(showgrid=False), yaxis=axis,
-        modebar=dict(bgcolor="rgba(0,0,0,0)", color="rgba(128,136,146,.6)"), uirevision="keep"))
+        margin=dict(l=8, r=8, t=44, b=8), hovermode="closest", bargap=.25, xaxis=axis | dict(showgrid=False, zeroline=False), yaxis=axis,
+        modebar=dict(bgcolor="rgba(0,0,0,0)", color="rgba(128,136,146,.6)", remove=fewer), uirevision="keep"))
 
-
-def figure(**layout) -> go.Figure:  # any of plotly's layout keys
+# %% ../../nbs/show/00_palette.ipynb #c029
+def figure(**layout):  # plotly's Figure, from any of its layout keys
     "An empty figure with the small template."
-    return go.Figure(layout=dict(template=template(), height=300) | layout)
+    from plotly.graph_objects import Figure
+    return Figure(layout=dict(template=template(), height=300) | layout)
 
 
 def use_template():
     "Make every plotly figure of this session small: the template by default, and figures stored as data instead of with plotly's 5 MB."
-    plotly.io.templates["rlworkbench"] = template()
-    plotly.io.templates.default = "rlworkbench"
-    plotly.io.renderers.default = "plotly_mimetype"
+    from plotly.io import renderers, templates
+    templates["rlworkbench"] = template()
+    templates.default = "rlworkbench"
+    renderers.default = "plotly_mimetype"

@@ -14,7 +14,7 @@ from .palette import SEGMENTS, number
 # %% ../../nbs/show/01_scale.ipynb #c005
 KINDS = ("diverging", "sequential", "segment")
 
-
+# %% ../../nbs/show/01_scale.ipynb #c006
 @dataclass(frozen=True)
 class Scale:
     "Numbers to strengths; made by `scale`."
@@ -23,7 +23,7 @@ class Scale:
     high: float = 0.0
 
     def strength(self, value):  # in [-1, 1], or None where there is no value
-        "How strongly a value is drawn, with its sign."
+        "How strongly a value is drawn, with its sign; a segment is drawn in full."
         if value is None or self.kind == "segment":
             return None if value is None else 1.0
         zero, least = (0.0, -1.0) if self.kind == "diverging" else (self.low, 0.0)
@@ -33,12 +33,12 @@ class Scale:
         "Whether a value lies outside."
         return self.kind != "segment" and value is not None and not self.low <= value <= self.high
 
-    def colour(self, value):  # a key of COLOURS, or None where nothing is drawn
+    def hue(self, value):  # a key of COLOURS, or None where nothing is drawn
         "What the value's colour means."
         s = self.strength(value)
-        if not s:
-            return None
-        return value if self.kind == "segment" else "amount" if self.kind == "sequential" else "positive" if s > 0 else "negative"
+        if not s or self.kind == "segment":
+            return value if s else None
+        return "amount" if self.kind == "sequential" else "positive" if s > 0 else "negative"
 
     def say(self, value, digits: int=4) -> str:
         "The value in words."
@@ -46,7 +46,7 @@ class Scale:
             return str(value)
         return number(value, self.kind == "diverging", digits) + (" (beyond the scale)" if self.beyond(value) else "")
 
-# %% ../../nbs/show/01_scale.ipynb #c006
+# %% ../../nbs/show/01_scale.ipynb #c007
 def clean(values, kind: str="diverging") -> list:
     "Numbers as floats, with None for what is not a number; segments are checked. Raises ValueError for an unknown kind or segment."
     if kind not in KINDS:
@@ -59,7 +59,7 @@ def clean(values, kind: str="diverging") -> list:
     numbers = [None if v is None else float(v) for v in values]
     return [None if v is None or math.isnan(v) else v for v in numbers]
 
-
+# %% ../../nbs/show/01_scale.ipynb #c008
 def scale(
     values,             # numbers; None and NaN are passed over
     kind="diverging",   # diverging, sequential or segment
@@ -79,7 +79,7 @@ def scale(
         low = -high
     return Scale(kind, low, high)
 
-# %% ../../nbs/show/01_scale.ipynb #c010
+# %% ../../nbs/show/01_scale.ipynb #c012
 def widest(
     scales: list,  # of one kind
 ) -> Scale:

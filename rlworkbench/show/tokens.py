@@ -87,7 +87,7 @@ def shade(
     i: int,       # which token
 ) -> tuple:       # (a key of COLOURS or None, percent)
     "The colour behind a token and how much of it."
-    name, most = strip.scale.colour(strip.values[i]), .75 * DEPTH if strip.scale.kind == "segment" else DEPTH
+    name, most = strip.scale.hue(strip.values[i]), .75 * DEPTH if strip.scale.kind == "segment" else DEPTH
     return (name, round(most * abs(strip.scale.strength(strip.values[i])))) if name else (None, 0)
 
 
@@ -126,10 +126,11 @@ STRIP_CSS = f"""
 .rlw-strip{{background:var(--rlw-paper);border:1px solid var(--rlw-rule);border-radius:8px;padding:10px 12px;margin:8px 0}}
 .rlw-head{{display:flex;flex-wrap:wrap;gap:2px 18px;align-items:center;margin-bottom:6px;font-size:12px;color:var(--rlw-soft)}}
 .rlw-head b{{color:var(--rlw-ink);font-size:13px;font-weight:600;margin-right:auto}}
-.rlw-key{{font-size:11px;line-height:1.15;background:var(--rlw-panel);margin:0 2px}}.rlw-key .rlw-t{{margin:0;padding:0 2px;border-radius:0;vertical-align:middle}}
-.rlw-key:not(.rlw-said) span{{color:transparent}}.rlw-text,.rlw-key{{font-family:{MONO};direction:ltr}}.rlw-text{{line-height:1.4;margin:0 -3px}}
-.rlw-t{{display:inline-block;unicode-bidi:isolate;max-width:100%;box-sizing:border-box;overflow-wrap:anywhere;vertical-align:top;margin:1px;padding:2px;
- border-radius:3px;background:color-mix(in srgb,var(--c,transparent) calc(var(--a,0)*1%),transparent)}}
+.rlw-key{{font-size:11px;line-height:1.15;background:var(--rlw-panel);margin:0 2px}}.rlw-key:not(.rlw-said) span{{color:transparent}}
+.rlw-key .rlw-t{{margin:0;padding:0 2px;border-radius:0;vertical-align:middle}}
+.rlw-text,.rlw-key{{font-family:{MONO};direction:ltr}}.rlw-text{{line-height:1.4;margin:0 -3px}}
+.rlw-t{{display:inline-block;unicode-bidi:isolate;max-width:100%;box-sizing:border-box;overflow-wrap:anywhere;vertical-align:top;
+ margin:1px;padding:2px;border-radius:3px;background:color-mix(in srgb,var(--c,transparent) calc(var(--a,0)*1%),transparent)}}
 .rlw-t i{{font-style:normal;opacity:.4}}
 .rlw-positive,.rlw-negative{{--c:var(--rlw-positive);--l:color-mix(in srgb,var(--c) calc(34% + var(--a)*1.4%),transparent);
  border-radius:0 0 3px 3px;box-shadow:inset 0 2px var(--l)}}
@@ -192,7 +193,7 @@ def token_svg(strip: Strip, i: int, x: float, y: float, width: float, height: fl
         out.append(f'<path d="M{x + 1:.1f} {y + height / 2:.1f}h{width - 2:.1f}" stroke-width="1.5" {paint(stroke="ink")}/>')
     return f"<g>{''.join(out)}</g>"
 
-
+# %% ../../nbs/show/03_tokens.ipynb #c021
 def legend_svg(strip: Strip, right: float, y: float) -> list:
     "The legend, set flush right."
     keys, letter = legend(strip), 7.0
@@ -213,11 +214,12 @@ def mono(shapes: list, size: int=13) -> str:
     "Letters of tokens, centred in their boxes."
     return f'<g font-family="{MONO}" font-size="{size}" text-anchor="middle">{"".join(shapes)}</g>'
 
-# %% ../../nbs/show/03_tokens.ipynb #c021
+# %% ../../nbs/show/03_tokens.ipynb #c022
 def head_svg(title: str, strips: list, width: float) -> list:  # shapes of one line, or nothing
     "Title and legends above a still."
     keys = [shape for k, strip in enumerate(strips) for shape in legend_svg(strip, width - EDGE, EDGE + 20 * k)]
-    return [f'<text x="{EDGE}" y="{EDGE + 10}" font-size="13" font-weight="600" {paint("ink")}>{plain(shorten(title, 60))}</text>'] * bool(title) + keys
+    words = f'<text x="{EDGE}" y="{EDGE + 10}" font-size="13" font-weight="600" {paint("ink")}>{plain(shorten(title, 60))}</text>'
+    return [words] * bool(title) + keys
 
 
 def strip_svg(strip: Strip, width: int=720) -> Drawing:

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..core.item import Item
 from ..core.seeds import derive
-from .digits import Digits, digits_sum, text_sum
-from .task import Drawn, Task, validate
+from .digits import Digits
+from .task import Drawn, Task
 
 # %% ../../nbs/tasks/02_mixture.ipynb #c004
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 
-from ..core.item import Item
 from ..core.step import ORIGINS, Step
 from ..policies.policy import Policy
 from ..rollouts.sampler import describe

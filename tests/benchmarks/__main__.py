@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from rlworkbench.core.item import Item
 from rlworkbench.core.step import Step
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.recipes.grpo import grpo
@@ -21,7 +21,6 @@ from rlworkbench.rollouts.scorer import score
 from rlworkbench.tasks.digits import digits_sum
 from rlworkbench.training.job import load_policy
 from rlworkbench.training.trainer import Trainer
-
 
 def in_turn(first, second, repeats=5) -> dict:
     "CPU seconds of two functions, run A B B A ...; medians and the median of the pairwise ratios second/first."
@@ -99,7 +98,7 @@ def startup() -> dict:
             subprocess.run(command, check=True, capture_output=True)
             out.append(time.perf_counter() - start)
         return statistics.median(out)
-    return {"import": wall([sys.executable, "-c", "import rlworkbench"]), "help": wall([sys.executable, "-m", "rlworkbench.cli.main", "--help"]),
+    return {"import": wall([sys.executable, "-c", "import rlworkbench"]), "help": wall([Path(sys.executable).parent / "rlworkbench", "--help"]),
             "python": wall([sys.executable, "-c", "pass"])}
 
 

@@ -1,0 +1,122 @@
+"""Do the tests notice? Each mutant is the package with one line made wrong; a fast part of the tests must fail on it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAST = ("test_gradients.py", "test_edges.py", "test_invariance.py")       # those of their tests that need no model
+ONLY = "not tiny and not qwen and not demonstrations and not true_gradient and not nothing_kept"
+SHARE = .95
+
+MUTANTS = (   # file, what stands there (exactly once), what is put in its place
+    ("rollouts/sampling.py", "else logits / temperature", "else logits * temperature"),
+    ("rollouts/sampling.py", "if not len(banned):", "if True:"),
+    ("rollouts/sampling.py", "-(p * logp).sum(-1)", "(p * logp).sum(-1)"),
+    ("rollouts/sampling.py", "(p.detach() ** 2).sum(-1)", "(p.detach() ** 2).amax(-1)"),
+    ("rollouts/sampling.py", "temperature[at:at + tile] if", "temperature[:tile] if"),
+    ("rollouts/sampler.py", "done = done | (token == policy.eos)", "done = done | (token == policy.pad)"),
+    ("rollouts/sampler.py", "step.truncated = (last != policy.eos)", "step.truncated = (last == policy.eos)"),
+    ("rollouts/scorer.py", "(*policy.banned, *sampling.banned)", "policy.banned"),
+    ("rollouts/scorer.py", "sampling.temperature if sampling.score_temperature is None", "1.0 if sampling.score_temperature is None"),
+    ("rollouts/parts.py", "if not math.isfinite(number):", "if math.isnan(number):"),
+    ("core/reductions.py", "kept = torch.where(mask.bool(), x, torch.zeros_like(x))", "kept = x"),
+    ("core/reductions.py", "masked_sum(x, mask, dim) / count.clamp(min=1)", "masked_sum(x, mask, dim) / mask.numel()"),
+    ("core/reductions.py", "square * n / (n - 1).clamp(min=1) if unbiased", "square if unbiased"),
+    ("core/reductions.py", "group_count(group, P).to(x.dtype).clamp(min=1))[group]", "len(x))[group]"),
+    ("core/step.py", "getattr(step, name)[part.rows] = value.detach()", "getattr(step, name)[:len(part.rows)] = value.detach()"),
+    ("core/step.py", "group=s.group + o)", "group=s.group)"),
+    ("recipes/slots.py", "torch.maximum(-A * step.ratio", "torch.minimum(-A * step.ratio"),
+    ("recipes/slots.py", "torch.maximum(-A * step.ratio, -A * step.ratio.clamp(*self.region()))", "-A * step.ratio"),
+    ("recipes/slots.py", "self.low if self.high is None else self.high", "self.low"),
+    ("recipes/slots.py", "(step.logp - step.old).exp()", "(step.old - step.logp).exp()"),
+    ("recipes/slots.py", "(group_std(step.reward, step.group) + 1e-4)", "(group_std(step.reward, step.group, False) + 1e-4)"),
+    ("recipes/slots.py", "keepdim=True).clamp(min=1) / len(whole(step))", "keepdim=True).clamp(min=1) / len(step)"),
+    ("recipes/slots.py", "step.mask / whole(step).mask.sum().clamp(min=1)", "step.mask / step.mask.sum().clamp(min=1)"),
+    ("recipes/slots.py", "torch.exp(-d) + d - 1", "torch.exp(d) - d - 1"),
+    ("recipes/slots.py", '"k2": d * d / 2', '"k2": d * d'),
+    ("recipes/reinforce.py", "-spread(step.advantage, step) * step.logp", "spread(step.advantage, step) * step.logp"),
+    ("recipes/rloo.py", "(n - 1).clamp(min=1)", "n"),
+    ("recipes/reinforce_pp.py", "(mask.sum() - 1).clamp(min=1)", "len(mask)"),
+    ("recipes/dr_grpo.py", "len(whole(step)) * need", "len(step) * need"),
+    ("recipes/dapo.py", "group_mean(away, step.group) > 1e-6", "group_mean(away, step.group) >= 0"),
+    ("recipes/gspo.py", "s.detach() * (step.logp - step.logp.detach()).exp()", "s * (step.logp - step.logp.detach()).exp()"),
+    ("recipes/cispo.py", "weight = step.ratio.detach()", "weight = step.ratio"),
+    ("recipes/entropy20.py", ">= threshold", "<= threshold"),
+    ("training/loss.py", "part.weight * part.surrogate", "part.surrogate"),
+    ("training/trainer.py", "into[p] + g if p in into else g", "g"),
+    ("training/collect.py", '"rollout", trainer.done, round)', '"rollout", trainer.done)'),
+    ("training/collect.py", "step.group.unique()[:trainer.size[0]]", "step.group.unique()"),
+    ("training/loss.py", "batch.whole = replace(detached(batch), whole=None)", "batch.whole = None"),
+    ("training/loss.py", "plain.weight = checked(recipe.weight(plain)", "plain.weight = checked(0 * recipe.weight(plain) + 1"),
+    ("training/health.py", "(step.ratio > high) & (A > 0)", "(step.ratio > high) & (A < 0)"),
+    ("training/health.py", "torch.exp(log_ratio) - 1 - log_ratio", "torch.exp(log_ratio) - 1 + log_ratio"),
+    ("training/health.py", "(solved[there] == 0)", "(solved[there] < 1)"),
+)
+
+RUNNER = """
+import json, os, sys
+import hypothesis, pandas, pytest, torch, torch._dynamo
+_, fast, only, folders = sys.argv
+for folder in json.loads(folders):
+    pid = os.fork()          # torch is imported once; the package is imported anew by each child
+    if pid == 0:
+        os.chdir(folder)
+        os.dup2(os.open("out.txt", os.O_CREAT | os.O_WRONLY), 1)
+        sys.path.insert(0, folder)
+        import rlworkbench
+        assert rlworkbench.__file__.startswith(folder)
+        code = pytest.main([*("tests/" + f for f in json.loads(fast)), "-k", only, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"])
+        sys.stdout.flush()
+        os._exit(int(code))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def name(mutant) -> str:
+    file, old, new = mutant
+    return f"{file}: {old}  ->  {new}"
+
+
+def plant(folder: Path, mutant=None) -> Path:
+    "A copy of the package and of the fast tests, with one line made wrong."
+    shutil.copytree(ROOT / "rlworkbench", folder / "rlworkbench", ignore=shutil.ignore_patterns("assets"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("benchmarks"))
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    if mutant is not None:
+        path, (_, old, new) = folder / "rlworkbench" / mutant[0], mutant
+        path.write_text(path.read_text().replace(old, new))
+    return folder
+
+
+def run(folders: list) -> list:
+    "Exit codes of pytest in each folder: 0 all passed, 1 something failed."
+    command = [sys.executable, "-c", RUNNER, json.dumps(FAST), ONLY, json.dumps([str(f) for f in folders])]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folders[0])
+    codes = [int(c) for c in done.stdout.split()]
+    assert len(codes) == len(folders), done.stderr[-2000:]
+    return codes
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+def test_mutant_can_be_made(mutant):
+    """What a mutant replaces stands in its file exactly once; else the list has grown stale."""
+    file, old, new = mutant
+    assert (ROOT / "rlworkbench" / file).read_text().count(old) == 1
+    compile((ROOT / "rlworkbench" / file).read_text().replace(old, new), file, "exec")
+
+
+@pytest.mark.slow
+def test_tests_notice_mutants(tmp_path):
+    """At least 95 of 100 mutants make the fast tests fail, and the package as it is does not."""
+    folders = [plant(tmp_path / "as-it-is"), *(plant(tmp_path / str(i), m) for i, m in enumerate(MUTANTS))]
+    baseline, *codes = run(folders)
+    assert baseline == 0, (folders[0] / "out.txt").read_text()[-2000:]
+    assert set(codes) <= {0, 1}, [(name(m), c) for m, c in zip(MUTANTS, codes) if c not in (0, 1)]
+    survivors = [name(m) for m, code in zip(MUTANTS, codes) if code == 0]
+    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants caught", *survivors, sep="\n  survived: ")
+    assert len(MUTANTS) >= 20 and 1 - len(survivors) / len(MUTANTS) >= SHARE, survivors
