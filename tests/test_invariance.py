@@ -10,8 +10,9 @@ import torch
 from rlworkbench.core.registry import recipes
 from rlworkbench.core.step import SEGMENTS, Step, take
 from rlworkbench.policies.table import uniform
-from rlworkbench.recipes.recipe import Lesson, Recipe
-from rlworkbench.recipes.slots import Group, kl_penalty
+from rlworkbench.recipes.dr_grpo import constant_length
+from rlworkbench.recipes.recipe import Lesson, Recipe, Term
+from rlworkbench.recipes.slots import Group, kl_penalty, per_sequence, token_mean, token_sum
 from rlworkbench.rollouts.parts import coin
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling, draw, shape_logits, token_stats
@@ -252,6 +253,15 @@ def test_micro_batches_change_no_weight_of_a_lesson(lesson):
     reference = descend(uniform(), bandit, lesson, None)
     assert reference.abs().max() > .01
     assert (descend(uniform(), bandit, lesson, 1) - reference).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("normalise", [per_sequence, token_mean, token_sum, constant_length], ids=lambda n: n.__name__)
+def test_micro_batches_change_no_further_term(normalise):
+    """A term of its own is normalised inside each micro-batch, by counts of the minibatch around it."""
+    recipe = PLAIN.but(extra=(Term("square", lambda step: step.logp ** 2, normalise),))
+    reference = descend(ending(), SPELL, recipe, None, group=8)
+    for micro in (1, 5):
+        assert (descend(ending(), SPELL, recipe, micro, group=8) - reference).abs().max() < 1e-12
 
 
 def test_micro_batches_share_demonstrations():

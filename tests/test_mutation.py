@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAST = ("test_gradients.py", "test_edges.py", "test_invariance.py")       # those of their tests that need no model
-ONLY = "not tiny and not qwen and not demonstrations and not true_gradient and not nothing_kept"
+FAST = ("test_gradients.py", "test_edges.py", "test_invariance.py")       # those of their tests that need no model and little time
+ONLY = "not tiny and not qwen and not demonstrations and not true_gradient and not finite_difference and not plain_k"
 SHARE = .95
 
 MUTANTS = (   # file, what stands there (exactly once), what is put in its place

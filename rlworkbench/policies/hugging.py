@@ -7,8 +7,6 @@ __all__ = ['HuggingPolicy', 'placeholders', 'pad_left', 'model_inputs', 'quiet',
 
 # %% ../../nbs/policies/03_hugging.ipynb #c002
 import copy
-import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
+from ..core.files import atomic_folder
 from .cache import RoomyLayer
 from .policy import Cache, Policy, Prompts, view
 
@@ -206,16 +205,16 @@ def quiet():
 @patch
 def save(self: HuggingPolicy, folder):
     "Write model and processor as plain Hugging Face files, safetensors only; the folder appears whole or not at all."
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    with atomic_folder(folder) as new:
+        self.save_into(new)
+
+
+@patch
+def save_into(self: HuggingPolicy, folder):
+    "Write model and processor into an existing folder."
     with quiet():
-        self.model.save_pretrained(new)
-        self.processor.save_pretrained(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 # %% ../../nbs/policies/03_hugging.ipynb #c014
 def load_hugging(

@@ -11,22 +11,8 @@ from dataclasses import dataclass, fields, replace
 import pandas as pd
 
 from ..rollouts.parts import task_score
-from rlworkbench.recipes.slots import (
-    Group,
-    as_is,
-    clipped,
-    everything,
-    group_zscore,
-    label,
-    none,
-    ones,
-    per_sequence,
-    score_replies,
-    shuffled,
-    token_mean,
-    token_ratio,
-    total,
-)
+from .slots import Group, as_is, clipped, everything, group_zscore, label, none, ones, per_sequence
+from .slots import score_replies, shuffled, token_mean, token_ratio, total
 
 # %% ../../nbs/recipes/01_recipe.ipynb #c004
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def whiten(
 @slot("A_t = whiten(Σ_{s≥t} γ^{s-t} r_s)")
 @dataclass(frozen=True, repr=False)
 class whitened_returns(Spec):
-    "Discounted return of each token, whitened over the batch."
+    "Discounted return of each token, whitened over the batch. Raises ValueError where the reward is one number per reply."
     gamma: float = 1.0
 
     def __call__(self, step: Step):
@@ -53,4 +53,5 @@ class whitened_returns(Spec):
         return whiten(torch.stack(G[:0:-1], 1), step.mask)
 
 # %% ../../nbs/recipes/04_reinforce_pp.ipynb #c016
-reinforce_pp = Recipe("reinforce_pp", paper="arXiv:2501.03262", shape=outcome_minus_kl(), advantage=whitened_returns(), normalise=token_mean)
+reinforce_pp = Recipe("reinforce_pp", paper="arXiv:2501.03262", shape=outcome_minus_kl(), advantage=whitened_returns(),
+                      normalise=token_mean)

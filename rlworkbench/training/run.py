@@ -6,17 +6,21 @@
 __all__ = ['FORMAT', 'PER_TOKEN', 'Config', 'read_config', 'token_table', 'Run', 'picture_name']
 
 # %% ../../nbs/training/07_run.ipynb #c002
+import fcntl
 import json
 import platform
+import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from ..core.files import append_json, atomic, read_json_lines, write_text
+from ..core.files import append_json, atomic, atomic_folder, read_json_lines, write_text
 from ..core.step import ORIGINS, SEGMENTS, Step
 from ..policies.policy import Policy
+from .checkpoint import write_state
 
 # %% ../../nbs/training/07_run.ipynb #c004
 FORMAT = 1      # of the run folder; a newer one is refused
@@ -42,10 +46,11 @@ class Config:
     threads: str = "auto"
     cpu_seconds: float = None    # stop after so much CPU time, whatever `steps` says
     evaluate: int = 300          # held-out problems before and after; 0: none
+    checkpoint: int = 10         # steps between checkpoints; 0: only at the end
     format: int = FORMAT
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("prompts", 1), ("group", 1), ("max_tokens", 1), ("micro", 1), ("evaluate", 0)):
+        for name, least in (("steps", 1), ("prompts", 1), ("group", 1), ("max_tokens", 1), ("micro", 1), ("evaluate", 0), ("checkpoint", 0)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least) and not (value is None and name in ("max_tokens", "micro")):
                 raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
@@ -124,6 +129,16 @@ class Run:
             raise ValueError(f"{folder} is not a run: it has no config.json")
         return cls(folder)
 
+    @contextmanager
+    def locked(self):
+        "Hold the run for writing. Raises ValueError if another process does."
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{self.folder} is being written by another process") from None
+            yield
+
     @property
     def config(self) -> Config:
         "What was run."
@@ -152,6 +167,30 @@ class Run:
             for k, picture in enumerate(item.images):
                 with atomic(self.folder / "images" / picture_name(item.id, k)) as file:
                     picture.save(file, format="PNG")
+
+    def save(self, trainer):
+        "A checkpoint: the policy as plain files where it can be, the trainer's state beside it; older ones go."
+        folder = self.folder / "checkpoints" / f"{trainer.done:06d}"
+        plain = hasattr(trainer.policy, "save_into")
+        with atomic_folder(folder) as new:
+            if plain:
+                trainer.policy.save_into(new)
+            write_state(trainer, new, weights=not plain)
+        for other in self.checkpoints():
+            if other != folder:
+                shutil.rmtree(other)
+
+    def checkpoints(self) -> list:
+        "Folders of checkpoints, oldest first."
+        return sorted((self.folder / "checkpoints").glob("[0-9]*"))
+
+    def rewind(self, step: int):
+        "Forget what was written after a step: torn or to be replayed."
+        rows = read_json_lines(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
+        for number in self.steps():
+            if number > step:
+                (self.folder / "steps" / f"{number:06d}.parquet").unlink()
 
     def steps(self) -> list:
         "Numbers of the recorded steps."

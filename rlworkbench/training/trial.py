@@ -20,8 +20,8 @@ from .loss import policy_loss, prepare
 from .trainer import Trainer
 
 # %% ../../nbs/training/10_trial.ipynb #c005
-LENGTHS = (5, 3, 6, 2, 4, 1, 6, 2, 1, 6, 3, 4)
-RIGHT = (1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0)
+LENGTHS = (5, 3, 6, 2, 4, 1, 6, 2, 1, 6, 3, 4)   # tokens in each reply, the end token included
+RIGHT = (1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0)      # verdicts
 
 
 def trial_batch(
@@ -55,7 +55,7 @@ def trial(
     for name in ("advantage", "ratio", "weight", "coef", "clipped"):
         setattr(step, name, None)
         put(step, batch, name)
-    rows = torch.arange(len(batch)).split(micro or len(batch))
+    rows = torch.arange(len(batch)).split(micro or max(1, len(batch)))
     loss = sum(policy_loss(recipe, take(batch, r)) for r in rows)
     return loss.detach(), torch.autograd.grad(loss, step.logp)[0]
 
