@@ -52,7 +52,7 @@ def dictated(recipe, *replies, task=FIRST, **kw):
 @pytest.mark.parametrize("replies", [["abd", "aad", "acd", "ad"], ["bbd", "bad", "ccd", "cd"]], ids=["all-right", "all-wrong"])
 def test_dead_groups(recipe, replies):
     step, _, moved = dictated(recipe, *replies)
-    assert step.correct.unique().numel() == 1
+    assert torch.cat([step.correct, step.dropped.correct]).unique().numel() == 1
     assert torch.isfinite(step.advantage).all()
     if "group" in recipe.needs and len(recipe.rewards) == 1 and not {"ref"} & recipe.needs:
         assert (step.advantage == 0).all()
@@ -175,20 +175,38 @@ def test_joined_rounds_learn_like_one_batch():
     assert torch.allclose(gathered, other.policy.table.detach(), atol=1e-12)
 
 
+def beside_demonstrations(policy, step):
+    score_replies(policy, step)
+    step.demos = replace(step.demos, logp=score(policy, step.demos, step.law)["logp"])
+
+
+def imitate(step):
+    return -step.demos.logp
+
+
+imitate.needs = frozenset({"demos"})
+IMITATING = PLAIN.but(forward=beside_demonstrations, extra=(Term("sft", imitate, lambda step: step.demos.mask / 9),))
+
+
 def test_joined_rounds_imitate_like_one_batch():
     """The same with demonstrations of the same problems beside the replies."""
-    def forward(policy, step):
-        score_replies(policy, step)
-        step.demos = replace(step.demos, logp=score(policy, step.demos, step.law)["logp"])
-
-    def imitate(step):
-        return -step.demos.logp
-    imitate.needs = frozenset({"demos"})
-    recipe, task = PLAIN.but(forward=forward, extra=(Term("sft", imitate, lambda s: token_mean(s.demos)),)), Picky("picky", prompts=3, length=6)
-    _, several, _ = dictated(recipe.but(keep=Alive(2)), "abd", "bad", "acd", "cd", task=task)
-    step, once, moved = dictated(recipe.but(order=lambda pool, s: [2, 2, 2]), "abd", "bad", "acd", "cd", task=task)
+    task = Picky("picky", prompts=3, length=6)
+    _, several, _ = dictated(IMITATING.but(keep=Alive(2)), "abd", "bad", "acd", "cd", task=task)
+    step, once, moved = dictated(IMITATING.but(order=lambda pool, s: [2, 2, 2]), "abd", "bad", "acd", "cd", task=task)
     assert moved > .01 and float(step.terms["sft"]) > .1
     assert torch.allclose(several.policy.table.detach(), once.policy.table.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("micro", [None, 1, 5])
+def test_a_refused_reply_does_not_take_the_demonstration_along(micro):
+    """Whichever reply of a group is refused, its problem's demonstration is imitated once."""
+    found = []
+    for replies in (["cd", "abd", "bad", "acd"], ["abd", "bad", "acd", "cd"]):
+        step, trainer, _ = dictated(IMITATING.but(keep=lambda s: s.ids[:, 0] != 2), *replies, micro=micro)
+        assert len(step) == 9 and len(step.demos) == 3
+        found.append((float(step.terms["sft"]), trainer.policy.table.detach()))
+    assert found[0][0] == pytest.approx(found[1][0]) and found[0][0] > .1
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-12)
 
 
 # --- short and cut-off replies ---

@@ -334,7 +334,7 @@ def test_trainer_takes_the_true_gradient_on_average(name):
     recipe = {"raw": raw, **BY_NAME}[name].but(rollout=Group(Sampling(max_tokens=bandit.length)), penalty=none, normalise=token_sum)
     policy = random_table()
     exact = true_gradient(policy).flatten()
-    trainer = Trainer(policy, bandit, recipe, prompts=3, group=8, lr=0., seed=1, health=False, watchers=[])
+    trainer = Trainer(policy, bandit, recipe, prompts=3, group=8, lr=0., seed=1, clip=math.inf, health=False, watchers=[])
     taken = torch.stack([-trainer.step().grads["all"]["table"].flatten() for _ in range(300)])
     noise = torch.randn(8, len(exact), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     directions = torch.cat([exact[None], noise])
@@ -342,6 +342,30 @@ def test_trainer_takes_the_true_gradient_on_average(name):
     found, error = (taken @ directions.T).mean(0), (taken @ directions.T).std(0) / len(taken) ** .5
     assert ((found - directions @ exact).abs() < 3 * error).all()
     assert 3 * error[0] < .35 * exact.norm()                         # narrow enough to tell a wrong factor
+
+
+@pytest.mark.parametrize("clip", [math.inf, .01])
+def test_the_update_goes_down_the_gradient(clip):
+    """Plain descent by hand; beyond the limit the gradient keeps its direction and loses its length, while the Step still shows it unclipped.
+    And what was better than its group is likelier now."""
+    policy = ending()
+    trainer = Trainer(policy, SPELL, PLAIN, prompts=3, group=16, lr=.5, clip=clip)
+    trainer.optimizer = torch.optim.SGD(policy.parameters().values(), lr=.5)
+    before = policy.table.detach().clone()
+    step = trainer.step()
+    gradient = step.grads["all"]["table"]
+    assert step.metrics["grad_norm"] == pytest.approx(float(gradient.norm())) and gradient.norm() > .02
+    assert torch.allclose(policy.table.detach(), before - .5 * gradient * min(1., clip / float(gradient.norm())), rtol=1e-4, atol=1e-8)
+    gain = (score(policy, step, step.law)["logp"] - step.old).sum(1).detach()
+    assert (gain * step.advantage).sum() > 0
+
+
+@family
+def test_each_recipe_learns_the_bandit(recipe):
+    policy = TablePolicy(torch.zeros(3, 3, 4, dtype=torch.float64))
+    recipe = recipe.but(rollout=Group(Sampling(max_tokens=bandit.length)))
+    Trainer(policy, bandit, recipe, prompts=3, group=16, lr=.1, health=False).fit(12)
+    assert expected_reward(policy).item() > .4                      # it was 10/64
 
 
 # --- divergences and entropy ---

@@ -67,4 +67,5 @@ def masked_quantile(
 ):         # ()
     "The `q` quantile of the values that count; 0 if none does."
     values = x[mask.bool()]
-    return torch.quantile(values.float(), q).to(x.dtype) if values.numel() else x.new_zeros(())
+    wide = values if values.dtype == torch.float64 else values.float()
+    return torch.quantile(wide, q).to(x.dtype) if values.numel() else x.new_zeros(())

@@ -57,7 +57,7 @@ class Method:
         "The rows in which two methods differ."
         a, b = show(self)["is"], show(other)["is"]
         rows = {k: (a.get(k, "-"), b.get(k, "-")) for k in dict.fromkeys([*a.index, *b.index]) if a.get(k) != b.get(k)}
-        return pd.DataFrame(rows.values(), rows.keys(), columns=[self.name, other.name]).rename_axis("slot")
+        return pd.DataFrame(rows.values(), rows.keys(), columns=[self.name, other.name if other.name != self.name else f"{other.name} (other)"]).rename_axis("slot")
 
 # %% ../../nbs/recipes/01_recipe.ipynb #c006
 @dataclass(frozen=True)

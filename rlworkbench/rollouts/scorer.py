@@ -8,7 +8,7 @@ __all__ = ['hidden_states', 'heat', 'score']
 # %% ../../nbs/rollouts/02_scorer.ipynb #c002
 import torch
 
-from ..core.step import SEGMENTS, Step
+from ..core.step import SEGMENTS, Step, segments_ahead
 from ..policies.policy import Policy, Prompts
 from .sampling import Sampling, token_stats
 
@@ -29,12 +29,18 @@ def hidden_states(
     return torch.cat([first, policy.step(cache, ids[:, :-1].clamp(min=0))], 1) if ids.shape[1] > 1 else first
 
 # %% ../../nbs/rollouts/02_scorer.ipynb #c005
-def heat(sampling: Sampling, step: Step):
-    "The temperature that replies are scored at: a number, or (N,T,1) where it depends on the segment."
+def heat(
+    policy: Policy,
+    sampling: Sampling,
+    step: Step,
+):                    # a number, or (N,T,1) where it depends on the segment
+    "The temperature that each token is scored at: the one it was drawn at, unless the law names another."
     if sampling.score_temperature is not None or not sampling.segments:
         return float(sampling.temperature if sampling.score_temperature is None else sampling.score_temperature)
     by_name = dict(sampling.segments)
-    return torch.tensor([float(by_name.get(s, sampling.temperature)) for s in SEGMENTS])[step.segment][..., None]
+    of = torch.tensor([float(by_name.get(s, sampling.temperature)) for s in SEGMENTS])
+    rows = [segments_ahead([policy.piece(t) for t in row[:n]]) for row, n in zip(step.ids.tolist(), step.mask.sum(1).int().tolist())]
+    return of[torch.tensor([r + [0] * (step.ids.shape[1] - len(r)) for r in rows])][..., None]
 
 # %% ../../nbs/rollouts/02_scorer.ipynb #c006
 def score(
@@ -46,9 +52,11 @@ def score(
     hidden: bool = False,  # also hand back the hidden states
 ) -> dict:                 # logp, entropy, collision (N,T), 0 where the mask is 0; hidden (N,T,D)
     "Log-prob, entropy and collision probability of each token of each reply."
+    if not len(step.group):
+        return {name: step.mask for name in ("logp", "entropy", "collision")}
     states = hidden_states(policy, step.prompts, step.group, step.ids, share)
     counts = step.mask.bool()
-    temperature = heat(sampling, step)
+    temperature = heat(policy, sampling, step)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature[counts]
     values = token_stats(policy.logits, states[counts], step.ids[counts], temperature, (*policy.banned, *sampling.banned), policy.vocabulary, tile)

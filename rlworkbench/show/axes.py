@@ -89,11 +89,10 @@ def ticks(
     most: int=5,
 ) -> list:  # round numbers within [low, high]
     "Where an axis is marked."
-    raw = (high - low) / max(1, most - 1)
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [k * step for k in range(first, last + 1)]
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    within = lambda step: range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    step = next(m * size for m in (1, 2, 5, 10, 20) if len(within(m * size)) <= most)
+    return [k * step for k in within(step)]
 
 # %% ../../nbs/show/05_axes.ipynb #c015
 def tick_labels(values: list) -> list:

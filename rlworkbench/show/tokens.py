@@ -88,7 +88,8 @@ def shade(
 ) -> tuple:       # (a key of COLOURS or None, percent)
     "The colour behind a token and how much of it."
     name, most = strip.scale.hue(strip.values[i]), .75 * DEPTH if strip.scale.kind == "segment" else DEPTH
-    return (name, round(most * abs(strip.scale.strength(strip.values[i])))) if name else (None, 0)
+    percent = round(most * abs(strip.scale.strength(strip.values[i]))) if name else 0
+    return (name, percent) if percent else (None, 0)
 
 
 def hover(

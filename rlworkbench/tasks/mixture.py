@@ -20,7 +20,7 @@ from .task import Drawn, Task
 @dataclass(frozen=True)
 class Mixture(Task):
     "A blend of tasks. An item's id begins with its task's name, and that task scores it."
-    max_tokens: int = 32
+    max_tokens: int = 34
     parts: tuple = ()      # (task, share) pairs
     sizes: tuple = (("train", 4000), ("validation", 400), ("test", 1000))
 

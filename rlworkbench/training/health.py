@@ -55,11 +55,11 @@ def mark_clipped(
 
 @torch.no_grad()
 def update_health(step: Step) -> dict:
-    "Ratio, clipping and divergences over the tokens of a step, after its last minibatch."
+    "Ratio, clipping and divergences over the tokens of a step, as they were in its last pass."
     out = {}
     if step.ratio is not None:
         log_ratio = step.logp - step.old
-        out |= {"ratio/max": float(torch.where(step.mask.bool(), step.ratio, 0 * step.ratio).max()),
+        out |= {"ratio/max": float(torch.where(step.mask.bool(), step.ratio, torch.zeros_like(step.ratio)).max()),
                 "kl/old": float(masked_mean(torch.exp(log_ratio) - 1 - log_ratio, step.mask))}
     if step.clipped is not None:
         out |= {"clip_ratio/low_mean": float(masked_mean((step.clipped < 0).float(), step.mask)),
@@ -95,7 +95,7 @@ class EntropyAlarm:
 
 
 class KLAlarm:
-    "Says when a step moved the policy too far from the one that sampled, or from its reference."
+    "Says when the policy is too far from its reference (`kl`), or from the one that sampled (`kl/old`: seen where a step has several updates)."
     def __init__(self,
         limit: float=1.0,  # nats a token
         stop: bool=False,

@@ -57,7 +57,7 @@ def build_tiny(
     policy = make_tiny(steps, seed, watch)
     folder = Path(folder or tiny_folder())
     policy.save(folder)
-    found = evaluate(policy, digits_sum, n=400, max_tokens=28, k=8, seed=seed)
+    found = evaluate(policy, digits_sum, n=400, max_tokens=34, k=8, seed=seed)
     card = {"made_by": "rlworkbench build tiny", "steps": steps, "seed": seed, "parameters": sum(p.numel() for p in policy.weights().values()),
             "digits-sum": {k: round(v, 4) for k, v in vars(found).items()}}
     write_text(folder / "making.json", json.dumps(card, indent=1) + "\n")

@@ -13,14 +13,14 @@ import torch
 from fastcore.basics import patch
 
 from ..core.seeds import generator
-from ..core.step import Step, detached, put, take
+from ..core.step import Step, piece_of, put, take
 from ..policies.policy import Policy
 from ..recipes.recipe import Recipe
 from ..tasks.task import Task
 from .checkpoint import restore, state_of
 from .collect import collect_replies, fetch, validation_gradient
 from .health import EntropyAlarm, KLAlarm, StopRun, update_health
-from .loss import COLUMNS, check, losses, minibatches, prepare, specs
+from .loss import COLUMNS, check, losses, minibatches, prepare, specs, surround
 
 # %% ../../nbs/training/05_trainer.ipynb #c005
 class Trainer:
@@ -100,49 +100,56 @@ def phases(self: Trainer):
     if self.keep:
         self.past = [*self.past[:1], *self.past[1:][-self.keep + 1:], state_of(self)] if self.past else [state_of(self)]
     step = yield from collect_replies(self) if isinstance(self.recipe, Recipe) else fetch(self)
-    for epoch in range(self.recipe.epochs):
-        stream = generator(self.seed, "minibatches", self.done, epoch)
-        for number, rows in enumerate(minibatches(step, self.recipe.batches, stream)):
+    for epoch in range(self.recipe.epochs if len(step) else 0):        # nothing kept teaches nothing
+        parts = list(minibatches(step, self.recipe.batches, generator(self.seed, "minibatches", self.done, epoch)))
+        for number, rows in enumerate(parts):
             step.epoch, step.batch, step.rows = epoch, number, rows
-            yield from self.learn(step)
+            yield from self.learn(step, last=rows is parts[-1])
     self.done += 1
 
 # %% ../../nbs/training/05_trainer.ipynb #c009
 @patch
-def learn(self: Trainer, step: Step):
+def learn(self: Trainer, step: Step, last: bool):
     "forward, loss, gradient, update for the rows of a minibatch."
-    r, batch = self.recipe, take(step, step.rows)
+    batch = take(step, step.rows)
     split = self.micro is not None and len(batch) > self.micro
     chunks = torch.arange(len(batch)).split(self.micro) if split else [None]
     with self.phase("forward", step):
-        with torch.set_grad_enabled(not split):
-            for rows in chunks:
-                part = batch if rows is None else take(batch, rows)
-                r.forward(self.policy, part)
-                if rows is not None:
-                    put(batch, part, *COLUMNS)
-        if isinstance(r, Recipe):
-            prepare(r, batch)
-        else:
-            batch.whole = detached(batch)
+        self.forward(batch, chunks)
         put(step, batch, *COLUMNS)
     yield step
     with self.phase("loss", step):
         step.terms, step.grads = {}, {}
         for rows in chunks:
-            part = batch if rows is None else take(batch, rows)
+            part = batch if rows is None else piece_of(batch, rows)
             if rows is not None:
-                r.forward(self.policy, part)
-            self.backward(step, losses(r, part))
-            put(batch, part, "surrogate", "penalty") if rows is not None else None
+                self.recipe.forward(self.policy, part)
+            self.backward(step, losses(self.recipe, part))
+            if rows is not None:
+                put(batch, part, "surrogate", "penalty")
         put(step, batch, "surrogate", "penalty")
     yield step
     with self.phase("gradient", step):
         self.shape_gradient(step)
     yield step
     with self.phase("update", step):
-        self.update(step)
+        self.update(step, last)
     yield step
+
+
+@patch
+def forward(self: Trainer, batch: Step, chunks: list):
+    "Log-probs of a minibatch: with gradient if it is one piece, else without; then what is evaluated once per minibatch."
+    with torch.set_grad_enabled(chunks == [None]):
+        for rows in chunks:
+            part = batch if rows is None else piece_of(batch, rows)
+            self.recipe.forward(self.policy, part)
+            if rows is not None:
+                put(batch, part, *COLUMNS)
+    if isinstance(self.recipe, Recipe):
+        prepare(self.recipe, batch)
+    else:
+        surround(batch)
 
 
 @patch
@@ -168,16 +175,17 @@ def shape_gradient(self: Trainer, step: Step):
     if "validation" in self.recipe.needs and self.done % self.every == 0:
         step.grads["validation"] = validation_gradient(self)
     final = self.recipe.gradient(step.grads, step) if step.grads else {}
+    norm = torch.nn.utils.get_total_norm(list(final.values())) if final else torch.zeros(())
+    scale = min(1.0, self.clip / (float(norm) + 1e-6))
     for name, p in self.policy.parameters().items():
-        p.grad = final.get(name)
-    norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters().values(), self.clip)
+        p.grad = final[name] * scale if name in final else None
     step.metrics |= {"grad_norm": float(norm), "loss": float(sum(step.terms.values()))} | {f"loss/{k}": float(v) for k, v in step.terms.items()}
     if not torch.isfinite(norm):
         raise ValueError(f"step {self.done + 1}: the gradient is not finite; terms of the loss: { {k: float(v) for k, v in step.terms.items()} }")
 
 
 @patch
-def update(self: Trainer, step: Step):
+def update(self: Trainer, step: Step, last: bool):
     "Move the weights, the average and the memories."
     for part in self.optimizer.param_groups:
         part["lr"] = self.lr * (1.0 if self.schedule is None else self.schedule(self.done, self.steps))
@@ -191,7 +199,7 @@ def update(self: Trainer, step: Step):
     for s in specs(self.recipe):
         if hasattr(s, "after"):
             self.memory[type(s).__name__] = s.after(step, step.grads)
-    if self.health and step.batch == self.recipe.batches - 1:
+    if self.health and last:
         step.metrics |= update_health(step)
 
 # %% ../../nbs/training/05_trainer.ipynb #c020
