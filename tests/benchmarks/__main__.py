@@ -14,11 +14,13 @@ import torch
 from rlworkbench.core.step import Step
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.recipes.grpo import grpo
+from rlworkbench.recipes.sft import sft
 from rlworkbench.recipes.slots import Group
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.rollouts.scorer import score
 from rlworkbench.tasks.digits import digits_sum
+from rlworkbench.training.evaluate import evaluate
 from rlworkbench.training.job import load_policy
 from rlworkbench.training.trainer import Trainer
 
@@ -81,7 +83,7 @@ def scoring(image=48, words=82, prompts=8, group=8, tokens=32) -> dict:
 def health() -> dict:
     "A training step with its health columns and without; the weights afterwards."
     def trainer(on):
-        recipe = grpo.but(rollout=Group(Sampling(max_tokens=28)))
+        recipe = grpo.but(rollout=Group(Sampling(max_tokens=34)))
         return Trainer(load_policy("tiny"), digits_sum, recipe, 24, 8, health=on, watchers=None if on else ())
     on, off = trainer(True), trainer(False)
     found = in_turn(off.step, on.step)
@@ -102,9 +104,25 @@ def startup() -> dict:
             "python": wall([sys.executable, "-c", "pass"])}
 
 
+def plateau(seconds=45.0, n=400, k=8) -> dict:
+    "What continued imitation does to the shipped policy: so much CPU time at three learning rates, on validation problems."
+    def looked_at(policy):
+        found = evaluate(policy, digits_sum, n, digits_sum.max_tokens, k, split="validation")
+        return {"greedy": found.greedy, "sampled": found.sampled, "n": n, "k": k}
+    out = {"shipped": looked_at(load_policy("tiny"))}
+    for lr in (3e-5, 1e-4, 3e-4):
+        trainer = Trainer(load_policy("tiny"), digits_sum, sft, 64, lr=lr, watchers=())
+        start = time.process_time()
+        while time.process_time() - start < seconds:
+            trainer.step()
+        out[f"lr {lr:g}, {trainer.done} steps"] = looked_at(trainer.policy)
+    return out
+
+
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
     "scoring, 128 prompt tokens": scoring, "health": health, "startup": startup,
+    "plateau of imitation": plateau,
 }
 
 
