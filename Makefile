@@ -18,7 +18,8 @@ help:
 	$(PYTHON) -m venv .venv
 
 .venv/.core: constraints.txt pyproject.toml | .venv/bin/python
-	$(if $(TORCH_INDEX),$(PIP) torch --index-url $(TORCH_INDEX))
+	$(if $(TORCH_INDEX),$(PIP) torch --extra-index-url $(TORCH_INDEX))
+	@echo "installing (PyTorch and friends; this can take minutes) ..."
 	$(PIP) -e .
 	@touch $@
 

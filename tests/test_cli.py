@@ -89,7 +89,13 @@ BAD = {
     "list unknown": (("list", "recipe"), "did you mean recipes"),
     "report of no run": (("report", "full"), "full is not a run"),
     "build unknown": (("build", "huge"), "unknown variant 'huge'"),
-    "build onto something": (("build", "tiny", "--out", "full"), "full exists; --force replaces it"),
+    "build onto something": (("build", "tiny", "--out", "full"), "full already holds something"),
+    "build onto something by force": (("build", "tiny", "--out", "full", "--force"), "full already holds something"),
+    "demo of no steps": (("demo", "--steps", "0"), "steps must be 1 or more"),
+    "a policy that can't answer the task": (("train", "--policy", "table", "--task", "digits-sum", "--prompts", "2", "--group", "2"), "answers the task 'bandit' only"),
+    "resume of no run": (("resume", "full"), "full is not a run"),
+    "out is a file": (("train", *QUICK, "--out", "mine.py"), "mine.py"),
+    "report into a folder that is not there": (("report", "full", "--html", "gone/r.html"), "full is not a run"),
     "validate unknown": (("validate", "digit-sum"), "did you mean digits-sum"),
     "demo onto something": (("demo", "--out", "full", "--force"), "full already holds something"),
 }
@@ -145,6 +151,32 @@ def test_settings_are_read_from_the_folder(folder):
         assert wrong.returncode == 2 and "unknown key 'sead'" in wrong.stderr
     finally:
         (folder / "settings.ini").unlink()
+
+
+def test_a_run_folder_is_no_demo(folder):
+    """--force of the demo must not remove what an ordinary run wrote."""
+    assert run(folder, "train", *QUICK, "--recipe", "grpo", "--out", "mine/grpo").returncode == 0
+    kept = snapshot(folder / "mine")
+    refused = run(folder, "demo", "--out", "mine", "--force")
+    assert refused.returncode == 2 and "mine already holds something" in refused.stderr
+    assert snapshot(folder / "mine") == kept
+
+
+def test_broken_settings_are_one_sentence(folder):
+    (folder / "settings.ini").write_text("[workbench]\nno equals sign\n")
+    try:
+        done = run(folder, "train", *QUICK)
+        assert done.returncode == 2 and "can't be read" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    finally:
+        (folder / "settings.ini").unlink()
+
+
+def test_report_and_resume_of_a_run_that_was_not_looked_at_before(folder):
+    from rlworkbench.training.job import train
+    from rlworkbench.training.run import Config
+    train(Config(task="bandit", policy="table", steps=2, prompts=3, group=4, evaluate=3), folder / "runs/f", before=False)
+    assert run(folder, "report", "runs/f").returncode == 0
+    assert run(folder, "resume", "runs/f", "--steps", "3").returncode == 0
 
 
 def test_lists_and_json(folder):

@@ -65,6 +65,38 @@ def test_tiny_killed_once(tmp_path):
     assert_same(tmp_path / "whole", stopped.folder)
 
 
+@pytest.mark.parametrize("policy", ["tiny", "small-qwen"])
+def test_both_families_train_save_and_go_on(policy, tmp_path):
+    config = dict(recipe="grpo", policy=policy, prompts=2, group=2, max_tokens=8, evaluate=0, threads="1")
+    train(Config(steps=2, **config), tmp_path / "whole")
+    train(Config(steps=1, **config), tmp_path / "part")
+    resume(tmp_path / "part", steps=2)
+    assert_same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_an_interrupted_last_evaluation_can_be_finished(tmp_path):
+    run = train(Config(recipe="grpo", task="bandit", policy="table", steps=2, prompts=3, group=4, evaluate=3), tmp_path / "run")
+    (run.folder / "result.json").unlink()
+    assert resume(run.folder).read("result.json")["after"]["n"] == 3
+
+
+def test_a_watcher_that_stops_a_run_leaves_it_whole(tmp_path):
+    from rlworkbench.training.health import StopRun
+    from rlworkbench.training.job import new_trainer, work
+    config = Config(recipe="grpo", task="bandit", policy="table", steps=4, prompts=3, group=4, evaluate=0)
+
+    def stop(step):
+        if step.phase == "update" and step.clock[0] == 1:
+            raise StopRun("enough")
+    trainer, run = new_trainer(config, 4), Run.create(tmp_path / "stopped", config)
+    trainer.watchers.append(stop)
+    work(run, trainer, config, 4)
+    assert run.read("stopped.json") == {"step": 2, "why": "enough"} and len(run.metrics) == 2
+    resume(run.folder)
+    train(config, tmp_path / "whole")
+    assert_same(tmp_path / "whole", run.folder)
+
+
 def test_a_run_has_one_writer(tmp_path):
     config = Config(recipe="grpo", task="bandit", policy="table", steps=2, prompts=3, group=4, evaluate=0)
     run = Run.create(tmp_path / "run", config)

@@ -77,7 +77,7 @@ def doctor(as_json: JSON = False):
 
     import torch
 
-    from rlworkbench.core.settings import choose_device, choose_threads, find_settings, load_settings
+    from rlworkbench.core.settings import choose_device, choose_threads, cores_allowed, find_settings, load_settings
     def installed(name):
         try:
             return version(name)
@@ -91,11 +91,10 @@ def doctor(as_json: JSON = False):
         count += 1
     speed = 2 * 512**3 * count / (time.perf_counter() - start) / 1e9
     facts = {"python": platform.python_version(), **{p: installed(p) for p in ("torch", "transformers", "peft", "plotly", "gradio", "trl")},
-             "settings": str(find_settings() or "built in"), "device": choose_device(ours.device), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+             "settings": str(find_settings() or "built in"), "device": choose_device(ours.device), "cores": cores_allowed(), "load": os.getloadavg()[0],
              "threads": choose_threads(ours.threads), "gflops_one_thread": round(speed, 1)}
     for k, v in facts.items():
         say(f"{k:18} {v if v is not None else 'not installed'}", as_json)
-    busy = facts["load"] > .3 * facts["cores"]
-    say(f"The machine is {'busy: one torch thread, since threads that wait for each other spin' if busy else 'idle'}.", as_json)
+    say("With threads = auto a busy machine gets one torch thread: threads that wait for each other spin.", as_json)
     if as_json:
         typer.echo(json.dumps(facts))

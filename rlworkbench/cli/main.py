@@ -16,7 +16,7 @@ def main():
     "Entry point: a user's mistake is one sentence on stderr and exit code 2."
     try:
         app()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         typer.echo(f"rlworkbench: {e}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -88,8 +88,9 @@ def print_result(run, as_json: bool):
     "What a run came to."
     result = run.read("result.json")
     if result:
-        for when in ("before", "after"):
-            r = result[when]
+        for when, r in result.items():
+            if r is None:
+                continue
             say(f"{when:>7}  greedy {r['greedy']:.3f} [{r['greedy_low']:.3f}, {r['greedy_high']:.3f}]  "
                 f"sampled {r['sampled']:.3f} [{r['sampled_low']:.3f}, {r['sampled_high']:.3f}]  n={r['n']}", as_json)
     say(f"run folder: {run.folder}", as_json)
@@ -149,8 +150,10 @@ def build(
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
     folder = out or Path(load_settings().data_path) / variant
-    if folder.exists() and not force:
-        raise ValueError(f"{folder} exists; --force replaces it")
+    if folder.exists() and any(folder.iterdir()):
+        mine = (folder / "making.json").exists()
+        if not (mine and force):
+            raise ValueError(f"{folder} already holds {'a policy; --force replaces it' if mine else 'something'}")
     from rlworkbench.training.making import build_tiny
     use_threads(threads)
     with bar(steps, as_json) as progress:

@@ -43,6 +43,7 @@ class Policy:
     pad: int = 0              # what fills the columns after it
     banned: tuple = ()        # tokens that must never be sampled: image placeholders and the like
     vocabulary: int = 0       # V
+    apart: str = ""           # why a prompt can't be run once for several replies; empty: it can
 
     def encode(self, items: list, image: str = "own") -> Prompts:
         "Problems to inputs. `image` = own, none, blank, blur or other: the four meanings of 'without the image'."

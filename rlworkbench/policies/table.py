@@ -22,6 +22,9 @@ class TablePolicy(Policy):
         self.eos = self.pad = -1                # replies have a fixed length: there is no end token
 
     def encode(self, items, image="own"):
+        for i in items:
+            if not (i.prompt.isdigit() and int(i.prompt) < len(self.table)):
+                raise ValueError(f"the policy 'table' answers the task 'bandit' only; item {i.id} asks {i.prompt!r}")
         return Prompts([torch.tensor([int(i.prompt)]) for i in items], [{}] * len(items))
 
     def tokens(self, text):

@@ -34,7 +34,11 @@ def sample(
     given=None,          # (N,S) tokens that are put in the policy's mouth, -1 where it speaks for itself
 ):
     "Draw one reply per row of `step.group`."
-    cache = policy.select(policy.prefill(step.prompts), step.group, sampling.max_tokens)
+    if policy.apart:
+        cache = policy.prefill(step.prompts.take(step.group))
+        step.metrics["prompt_not_shared"] = policy.apart
+    else:
+        cache = policy.select(policy.prefill(step.prompts), step.group, sampling.max_tokens)
     banned, N = (*policy.banned, *sampling.banned), len(step.group)
     hidden, done = cache.hidden, torch.zeros(N, dtype=torch.bool)
     columns, replies = [], [[] for _ in range(N)]

@@ -18,7 +18,7 @@ class Sampling:
     max_tokens: int = 64            # T: where a reply is cut off
     banned: tuple = ()              # token numbers, besides those that the policy bans itself
     segments: tuple = ()            # ((segment name, temperature), ...): other temperatures inside some segments
-    score_temperature: float = None # score under another temperature than the one sampled with; then the mismatch is logged
+    score_temperature: float = None # score under another temperature than the one sampled with; then `kl/old` shows the mismatch
     top_p: float = 1.0              # evaluation only
     top_k: int = 0                  # evaluation only; 0: off
 

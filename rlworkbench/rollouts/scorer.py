@@ -21,7 +21,7 @@ def hidden_states(
     share: bool = True,  # run each prompt once; False: prompt and reply in one piece, N times
 ):                       # (N,T,D) the states that predict `ids`
     "Last hidden states from which each token of each reply is predicted."
-    if not share:
+    if policy.apart or not share:
         return policy.whole(prompts.take(group), ids)
     present, row = group.unique(return_inverse=True)
     cache = policy.select(policy.prefill(prompts.take(present)), row)

@@ -45,7 +45,8 @@ def accuracies(run: Run, controls: dict) -> str:
     result = run.read("result.json")
     if not result:
         return "<p class=soft>This run measured no held-out accuracy.</p>"
-    found = [("before", result["before"], None), ("after", result["after"], run.read("cost.json"))]
+    found = [("before", result["before"], None)] if result["before"] else []
+    found += [("after", result["after"], run.read("cost.json"))]
     found += [(f"control: {name}", c.read("result.json")["after"], c.read("cost.json")) for name, c in controls.items()]
     interval = lambda a, k: f"{a[k]:.2f}  [{a[k + '_low']:.2f}, {a[k + '_high']:.2f}]"
     rows = [(name, interval(a, "greedy"), interval(a, "sampled"), f"{a['mixed']:.2f}", f"{c['cpu_seconds']:.0f}" if c else "") for name, a, c in found]
@@ -97,6 +98,8 @@ def opened(run: Run) -> str:
         return ""
     number = run.steps()[0]
     tokens = run.tokens(number)
+    if not len(tokens) or "coef" not in tokens:
+        return ""
     spread = tokens.groupby("group")["reward"].std().fillna(0)
     tokens = tokens[tokens["group"] == spread.idxmax()].assign(push=pushes)
     limit = float(tokens["push"].abs().max()) or 1.0
@@ -113,7 +116,10 @@ def opened(run: Run) -> str:
 def page(run: Run, controls: dict) -> str:
     "The report as HTML."
     c, stopped = run.config, run.read("stopped.json")
-    method = show(with_law(c)).reset_index()[["slot", "is", "formula", "changed"]]
+    table_of = show(with_law(c))
+    if c.reward and "rewards[0]" in table_of.index:
+        table_of.loc["rewards[0]", ["is", "formula", "changed"]] = [c.reward, "", "*"]
+    method = table_of.reset_index()[["slot", "is", "formula", "changed"]]
     alarms = sorted({a for row in run.metrics.get("alarms", pd.Series(dtype=object)).dropna() for a in row})
     settings = [(k, v) for k, v in vars(c).items() if v is not None]
     return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{html.escape(c.recipe)} on {html.escape(c.task)}</title>'

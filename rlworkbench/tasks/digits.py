@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'CELL', 'SHARES', 'DROP_CARRY', 'SLIP', 'KINDS', 'digits_sum', 'digits_read', 'digits_max', 'digits_count',
-           'digits_compare', 'text_sum', 'handwriting', 'sources', 'places', 'draw_digits', 'addition', 'chain',
-           'work_sum', 'work_read', 'work_max', 'work_count', 'work_compare', 'Digits']
+           'digits_compare', 'digits_sum_1', 'digits_sum_2', 'digits_sum_3', 'digits_sum_4', 'text_sum', 'handwriting',
+           'sources', 'places', 'draw_digits', 'addition', 'chain', 'work_sum', 'work_read', 'work_max', 'work_count',
+           'work_compare', 'Digits']
 
 # %% ../../nbs/tasks/01_digits.ipynb #c002
 from dataclasses import dataclass
@@ -179,4 +180,7 @@ digits_read = Digits("digits-read", "read the handwritten digits", kind="read", 
 digits_max = Digits("digits-max", "find the largest handwritten digit", kind="max", digits=(2, 5))
 digits_count = Digits("digits-count", "count the odd digits", kind="count", digits=(2, 5))
 digits_compare = Digits("digits-compare", "is the first digit larger than the last?", kind="compare", digits=(2, 5))
+digits_sum_1, digits_sum_2, digits_sum_3, digits_sum_4 = (
+    Digits(f"digits-sum-{k}", f"digits-sum at level {k}: {what}", level=k)
+    for k, what in ((1, "places vary"), (2, "and size"), (3, "and ink"), (4, "and noise on the paper")))
 text_sum = Digits("text-sum", "the twin of digits-sum without a picture", seen=False)

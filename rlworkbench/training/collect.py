@@ -16,7 +16,7 @@ from ..recipes.slots import score_replies, token_sum
 from ..rollouts.parts import check_parts, task_score
 from .health import reply_health
 from .loss import checked
-from .supply import demonstrations, rescore
+from .supply import demonstrations, drift, rescore
 
 # %% ../../nbs/training/04_collect.ipynb #c004
 def begin(trainer, round: int = 0) -> Step:
@@ -42,6 +42,8 @@ def one_round(trainer, round: int, rounds: list):
     yield step
     with trainer.phase("rescore", step):
         rescore(trainer.policy, step, r.needs, trainer.reference, trainer.average)
+        if trainer.drift:
+            step.metrics |= drift(trainer.reference, step, trainer.drift)
     yield step
     with trainer.phase("reward", step):
         step.rewards = {k: v for part in r.rewards for k, v in part(step).items()}

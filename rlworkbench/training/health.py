@@ -118,4 +118,4 @@ def report(step: Step, says: str, stop: bool = False):
     if says not in alarms:
         alarms.append(says)
     if stop:
-        raise StopRun(f"step {step.clock[0]}: {says}")
+        raise StopRun(f"step {step.clock[0] + 1}: {says}")

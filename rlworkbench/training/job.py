@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.registry import policies, recipes, tasks
 from ..core.settings import use_threads
-from ..policies.hugging import load_hugging
+from ..policies.loading import load_hugging
 from ..policies.policy import Policy
 from ..recipes.recipe import Lesson, Recipe
 from ..rollouts.parts import coin, from_function
@@ -111,12 +111,17 @@ def work(run: Run, trainer: Trainer, config: Config, steps: int, watch=None):
     start = time.process_time()
     lesson = isinstance(trainer.recipe, Lesson)
     while trainer.done < steps:
+        number, why = trainer.done, None
         try:
-            step = trainer.step()
+            for step in trainer.phases():
+                pass
         except StopRun as stop:
-            run.write("stopped.json", {"step": trainer.done, "why": str(stop)})
+            why = str(stop)
+        if trainer.done > number:
+            run.log(step)
+        if why:
+            run.write("stopped.json", {"step": trainer.done, "why": why})
             break
-        run.log(step)
         if recorded(config, trainer.done) and not lesson:
             run.record(trainer.policy, step, None if config.record == "full" else sorted(set(step.group.tolist()))[:6])
         if config.checkpoint and trainer.done % config.checkpoint == 0 and trainer.done < steps:
@@ -145,6 +150,10 @@ def resume(
             if hasattr(trainer.policy, "save_into"):
                 put_weights(trainer.policy.parameters(), load_hugging(at).weights())
             restore(trainer, read_state(at))
+        (run.folder / "stopped.json").unlink(missing_ok=True)
+        if trainer.done >= (steps or config.steps) and config.evaluate and not (run.folder / "result.json").exists():
+            finish(run, trainer, config)                 # interrupted in its last evaluation
+            return run
         if trainer.done >= (steps or config.steps):
             raise ValueError(f"{folder} is at step {trainer.done} already; --steps N beyond that goes on")
         run.rewind(trainer.done)

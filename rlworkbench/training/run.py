@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'PER_TOKEN', 'Config', 'read_config', 'token_table', 'Run',
 # %% ../../nbs/training/07_run.ipynb #c002
 import fcntl
 import json
+import math
 import platform
 import shutil
 from contextlib import contextmanager
@@ -117,10 +118,15 @@ class Run:
                 raise ValueError(f"{run.folder} already holds {'a run' if begun else 'something'}; choose another --out or remove it")
         for part in ("steps", "images", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
+        with run.locked():
+            run.describe(config)
+        return run
+
+    def describe(self, config: Config):
+        "Write what is run, and with which versions."
         import transformers
         versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-        write_text(run.folder / "config.json", json.dumps(asdict(config) | {"versions": versions}, indent=1) + "\n")
-        return run
+        write_text(self.folder / "config.json", json.dumps(asdict(config) | {"versions": versions}, indent=1) + "\n")
 
     @classmethod
     def open(cls, folder):
@@ -151,8 +157,11 @@ class Run:
         return pd.DataFrame(read_json_lines(file) if file.exists() else [])
 
     def log(self, step: Step):
-        "Append a step's metrics."
-        append_json(self.folder / "metrics.jsonl", step.metrics)
+        "Append a step's metrics; a number that is not finite is written as null, with an alarm that names it."
+        odd = [k for k, v in step.metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+        for k in odd:
+            step.metrics.setdefault("alarms", []).append(f"{k} is {step.metrics[k]}")
+        append_json(self.folder / "metrics.jsonl", step.metrics | {k: None for k in odd})
 
     def record(self, policy: Policy, step: Step, groups=None):
         "Write a step's tokens and the pictures of its problems."

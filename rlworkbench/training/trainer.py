@@ -43,6 +43,7 @@ class Trainer:
         tau: float=.001,       # how fast the averaged policy follows, where a slot needs `ema`
         every: int=10,         # steps between validation gradients, where a slot needs `validation`
         keep: int=0,           # states to keep for going back
+        drift: int=3,          # groups whose divergence from the first policy is measured in each step; 0: none
         watchers=None,         # called with the Step after each phase; None: the two alarms
     ):
         check(recipe, task, prompts, group)
@@ -53,7 +54,8 @@ class Trainer:
         self.pool, self.done, self.drawn = task.items("train"), 0, 0
         self.lr, self.schedule = lr, schedule
         self.optimizer = torch.optim.AdamW(policy.parameters().values(), lr=lr, weight_decay=weight_decay)
-        self.reference = policy.copy() if "ref" in recipe.needs else None
+        self.drift = drift if health and isinstance(recipe, Recipe) else 0
+        self.reference = policy.copy() if "ref" in recipe.needs or self.drift else None
         self.average = policy.copy() if "ema" in recipe.needs else None
         self.memory = {type(s).__name__: s.init() for s in specs(recipe) if hasattr(s, "init")}
         self.watchers = [EntropyAlarm(), KLAlarm()] if watchers is None else list(watchers)
@@ -97,15 +99,27 @@ def phase(self: Trainer, name: str, step: Step):
 @patch
 def phases(self: Trainer):
     "Run one training step; yield the Step after each phase."
+    number, drawn = self.done, self.drawn
     if self.keep:
-        self.past = [*self.past[:1], *self.past[1:][-self.keep + 1:], state_of(self)] if self.past else [state_of(self)]
-    step = yield from collect_replies(self) if isinstance(self.recipe, Recipe) else fetch(self)
-    for epoch in range(self.recipe.epochs if len(step) else 0):        # nothing kept teaches nothing
-        parts = list(minibatches(step, self.recipe.batches, generator(self.seed, "minibatches", self.done, epoch)))
+        self.past = [*self.past[:1], *[*self.past[1:], state_of(self)][-self.keep:]] if self.past else [state_of(self)]
+    try:
+        step = yield from collect_replies(self) if isinstance(self.recipe, Recipe) else fetch(self)
+        if not len(step):                                       # nothing kept teaches nothing
+            self.done += 1
+        yield from self.passes(step)
+    finally:
+        if self.done == number:                                 # given up before its last update: the same problems come again
+            self.drawn = drawn
+
+
+@patch
+def passes(self: Trainer, step: Step):
+    "The updates of a step: each minibatch of each pass."
+    for epoch in range(self.recipe.epochs if len(step) else 0):
+        parts = list(minibatches(step, self.recipe.batches, generator(self.seed, "minibatches", step.clock[0], epoch)))
         for number, rows in enumerate(parts):
             step.epoch, step.batch, step.rows = epoch, number, rows
-            yield from self.learn(step, last=rows is parts[-1])
-    self.done += 1
+            yield from self.learn(step, last=number == len(parts) - 1)
 
 # %% ../../nbs/training/05_trainer.ipynb #c009
 @patch
@@ -199,10 +213,12 @@ def update(self: Trainer, step: Step, last: bool):
     for s in specs(self.recipe):
         if hasattr(s, "after"):
             self.memory[type(s).__name__] = s.after(step, step.grads)
+    if last and step.epoch == self.recipe.epochs - 1:
+        self.done += 1
     if self.health and last:
         step.metrics |= update_health(step)
 
-# %% ../../nbs/training/05_trainer.ipynb #c020
+# %% ../../nbs/training/05_trainer.ipynb #c022
 @patch
 def back(self: Trainer,
     k: int=1,    # steps
