@@ -83,7 +83,7 @@ def test_exported_cells_are_short(path):
         if cell["cell_type"] == "code" and source.startswith("#| export"):
             tree = ast.parse(source)
             classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
-            assert len(source.splitlines()) <= (90 if classes else 60), source[:80]
+            assert len(source.splitlines()) <= (100 if classes else 60), source[:80]
 
 
 def test_no_file_is_too_large():

@@ -36,5 +36,5 @@ def test_files_and_make_targets_it_names_exist():
     for target in re.findall(r"\]\(([^):#]+)\)", README):
         assert (root / target).exists(), target
     makefile = (root / "Makefile").read_text()
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"(?:`|^    )make (\w+)", README, re.M):
         assert f"\n{target}:" in makefile, target

@@ -84,7 +84,7 @@ def picture(runs: dict) -> str:
     return curves_svg({"GRPO": list(runs["grpo"].metrics["correct"]), "random reward": list(runs["coin"].metrics["correct"])},
                       title="right replies among those sampled in training", x_title="training step")
 
-
+# %% ../../nbs/serving/01_demo.ipynb #c007
 def clear(folder: Path, force: bool):
     "Make room for a demo: an earlier one goes if `force`, anything else stays. Raises ValueError."
     if folder.exists() and any(folder.iterdir()):
@@ -110,7 +110,7 @@ def follow(file: Path, job, progress):
     if progress is not None:
         progress.close()
 
-# %% ../../nbs/serving/01_demo.ipynb #c006
+# %% ../../nbs/serving/01_demo.ipynb #c008
 def lines(table: dict) -> list:
     "The table for people."
     cost = table["cost"]

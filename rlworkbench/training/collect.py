@@ -33,7 +33,7 @@ def mean_of(rounds: list) -> dict:
     "The mean of each metric over the rounds that have it."
     return {k: sum(m[k] for m in rounds if k in m) / sum(k in m for m in rounds) for k in dict.fromkeys(k for m in rounds for k in m)}
 
-
+# %% ../../nbs/training/04_collect.ipynb #c007
 def one_round(trainer, round: int, rounds: list):
     "Sample, rescore, reward, shape and keep for one draw of problems; returns the Step."
     r, step = trainer.recipe, begin(trainer, round)
@@ -61,7 +61,7 @@ def one_round(trainer, round: int, rounds: list):
     yield step
     return step
 
-
+# %% ../../nbs/training/04_collect.ipynb #c008
 def collect_replies(trainer):
     "The phases of a Recipe before its update; returns the Step that the update is about."
     kept, dropped, rounds = [], [], []
@@ -78,7 +78,7 @@ def collect_replies(trainer):
     yield step
     return step
 
-
+# %% ../../nbs/training/04_collect.ipynb #c009
 def gather(trainer, kept: list, dropped: list) -> Step:
     "What was kept in all rounds as one Step of at most P groups, with the times of all rounds."
     metrics, some = kept[-1].metrics, [s for s in kept if len(s)] or kept[-1:]
@@ -92,7 +92,7 @@ def gather(trainer, kept: list, dropped: list) -> Step:
             step.demos.prompts = step.prompts
     return step
 
-
+# %% ../../nbs/training/04_collect.ipynb #c010
 def fetch(trainer):
     "The phase of a Lesson before its update: problems and their given replies."
     step = begin(trainer)
@@ -102,7 +102,7 @@ def fetch(trainer):
     yield step
     return step
 
-# %% ../../nbs/training/04_collect.ipynb #c008
+# %% ../../nbs/training/04_collect.ipynb #c012
 def validation_gradient(trainer) -> dict:
     "The policy gradient of a small batch of validation problems, as a loss gradient by parameter."
     r, step = trainer.recipe, begin(trainer)

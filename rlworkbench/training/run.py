@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core.files import append_json, atomic, atomic_folder, read_json_lines, write_text
 from ..core.step import ORIGINS, SEGMENTS, Step
@@ -177,30 +178,6 @@ class Run:
                 with atomic(self.folder / "images" / picture_name(item.id, k)) as file:
                     picture.save(file, format="PNG")
 
-    def save(self, trainer):
-        "A checkpoint: the policy as plain files where it can be, the trainer's state beside it; older ones go."
-        folder = self.folder / "checkpoints" / f"{trainer.done:06d}"
-        plain = hasattr(trainer.policy, "save_into")
-        with atomic_folder(folder) as new:
-            if plain:
-                trainer.policy.save_into(new)
-            write_state(trainer, new, weights=not plain)
-        for other in self.checkpoints():
-            if other != folder:
-                shutil.rmtree(other)
-
-    def checkpoints(self) -> list:
-        "Folders of checkpoints, oldest first."
-        return sorted((self.folder / "checkpoints").glob("[0-9]*"))
-
-    def rewind(self, step: int):
-        "Forget what was written after a step: torn or to be replayed."
-        rows = read_json_lines(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
-        for number in self.steps():
-            if number > step:
-                (self.folder / "steps" / f"{number:06d}.parquet").unlink()
-
     def steps(self) -> list:
         "Numbers of the recorded steps."
         return sorted(int(f.stem) for f in (self.folder / "steps").glob("*.parquet"))
@@ -220,7 +197,37 @@ class Run:
         file = self.folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-
+# %% ../../nbs/training/07_run.ipynb #c011
 def picture_name(item: str, number: int) -> str:
     "The file name of an item's picture."
     return "".join(c if c.isalnum() else "-" for c in item) + f"-{number}.png"
+
+# %% ../../nbs/training/07_run.ipynb #c013
+@patch
+def save(self: Run, trainer):
+    "A checkpoint: the policy as plain files where it can be, the trainer's state beside it; older ones go."
+    folder = self.folder / "checkpoints" / f"{trainer.done:06d}"
+    plain = hasattr(trainer.policy, "save_into")
+    with atomic_folder(folder) as new:
+        if plain:
+            trainer.policy.save_into(new)
+        write_state(trainer, new, weights=not plain)
+    for other in self.checkpoints():
+        if other != folder:
+            shutil.rmtree(other)
+
+
+@patch
+def checkpoints(self: Run) -> list:
+    "Folders of checkpoints, oldest first."
+    return sorted((self.folder / "checkpoints").glob("[0-9]*"))
+
+
+@patch
+def rewind(self: Run, step: int):
+    "Forget what was written after a step: torn or to be replayed."
+    rows = read_json_lines(self.folder / "metrics.jsonl") if (self.folder / "metrics.jsonl").exists() else []
+    write_text(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step))
+    for number in self.steps():
+        if number > step:
+            (self.folder / "steps" / f"{number:06d}.parquet").unlink()
