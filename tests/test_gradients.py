@@ -207,7 +207,6 @@ def test_coefficients_by_hand(name):
             assert math.isclose(float(batch.coef[i, t]), COEFFICIENT[name](batch, i) * (t < n), rel_tol=1e-12)
 
 
-@pytest.mark.skipif("reinforce_pp" not in BY_NAME, reason="not written yet")
 def test_returns_of_reinforce_pp_by_hand():
     """Outcome at the last token, the divergence paid at each, summed from the end, whitened over all tokens."""
     recipe = BY_NAME["reinforce_pp"]
@@ -225,7 +224,6 @@ def test_returns_of_reinforce_pp_by_hand():
     assert (batch.advantage[batch.mask == 0] == 0).all()
 
 
-@pytest.mark.skipif("entropy20" not in BY_NAME, reason="not written yet")
 def test_weights_of_entropy20_by_hand():
     """The fifth of all tokens with the highest entropy, padding not counted."""
     _, batch = off_policy(BY_NAME["entropy20"])

@@ -61,7 +61,7 @@ def set_global_streams(streams: dict):
 
 
 def state_of(
-    trainer,        # has policy, optimizer, memory, average, done, drawn
+    trainer,        # has policy, optimizer, memory, average, watchers, done, drawn
     weights=True,   # False where they are written elsewhere
 ) -> tuple:         # skeleton, tensors
     "Everything that the next step depends on; a copy."
@@ -69,7 +69,7 @@ def state_of(
     moments = trainer.optimizer.state_dict()["state"]
     nest = {"weights": trainer.policy.parameters() if weights else {}, "moments": {names[i]: dict(m) for i, m in moments.items()}, "memory": trainer.memory,
             "average": {} if trainer.average is None else trainer.average.weights(), "done": trainer.done, "drawn": trainer.drawn,
-            "streams": global_streams()}
+            "watchers": {type(w).__name__: w.memory for w in trainer.watchers if hasattr(w, "memory")}, "streams": global_streams()}
     tensors = {}
     return split_tensors(nest, tensors), tensors
 
@@ -100,6 +100,9 @@ def restore(trainer, state: tuple):
         for name, a in trainer.average.weights().items():
             a.copy_(nest["average"][name])
     trainer.memory, trainer.done, trainer.drawn = nest["memory"], nest["done"], nest["drawn"]
+    for w in trainer.watchers:
+        if hasattr(w, "memory"):
+            w.memory = nest["watchers"].get(type(w).__name__, {})
     set_global_streams(nest["streams"])
 
 # %% ../../nbs/training/03_checkpoint.ipynb #c011

@@ -83,15 +83,16 @@ class EntropyAlarm:
         share: float=.1,   # of the entropy of the first step
         stop: bool=False,  # end the run
     ):
-        self.share, self.stop, self.start = share, stop, None
+        self.share, self.stop = share, stop
+        self.memory = {}      # where entropy began; saved with the run, so that a resumed one compares with the same step
 
     def __call__(self, step: Step):
         if step.phase != "update" or "entropy" not in step.metrics:
             return
         now = step.metrics["entropy"]
-        self.start = now if self.start is None else self.start
-        if now < self.share * self.start:
-            report(step, f"entropy collapse: {now:.4f} nats a token, it was {self.start:.4f} at the first step", self.stop)
+        start = self.memory.setdefault("start", now)
+        if now < self.share * start:
+            report(step, f"entropy collapse: {now:.4f} nats a token, it was {start:.4f} at the first step", self.stop)
 
 
 class KLAlarm:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.registry import policies, recipes, tasks
+from ..core.seeds import derive, set_seed
 from ..core.settings import use_threads
 from ..policies.loading import load_hugging
 from ..policies.policy import Policy
@@ -84,8 +85,9 @@ def recorded(config: Config, number: int) -> bool:
 
 # %% ../../nbs/training/08_job.ipynb #c007
 def new_trainer(config: Config, steps: int) -> Trainer:
-    "The trainer that a config describes, before its first step."
+    "The trainer that a config describes, before its first step; the global generators begin at the config's seed, too."
     policy, task, recipe = build(config)
+    set_seed(derive(config.seed, "global"))
     return Trainer(policy, task, recipe, config.prompts, config.group, config.lr, clip=config.clip, steps=steps, micro=config.micro, seed=config.seed)
 
 

@@ -28,6 +28,10 @@ def check(recipe, task: Task, prompts: int, group: int):
     for name, s in recipe.slots().items():
         for n in sorted(getattr(s, "needs", frozenset()) - SUPPLIED):
             raise ValueError(f"recipe {recipe.name!r}: the slot {name} = {label(s)} needs {n!r}, which this trainer can't supply")
+    remember = {}
+    for s in specs(recipe):
+        if hasattr(s, "init") and remember.setdefault(type(s).__name__, s) != s:
+            raise ValueError(f"recipe {recipe.name!r}: {label(s)} and {label(remember[type(s).__name__])} would share one memory; only one {type(s).__name__} may remember")
     if isinstance(recipe, Recipe):
         if group == 1 and "group" in recipe.needs:
             raise ValueError(f"recipe {recipe.name!r} compares replies within a group: group must be 2 or more, got 1")
