@@ -81,14 +81,15 @@ def test_an_interrupted_last_evaluation_can_be_finished(tmp_path):
 
 
 def test_a_watcher_that_stops_a_run_leaves_it_whole(tmp_path):
+    from rlworkbench.training.choices import new_trainer
     from rlworkbench.training.health import StopRun
-    from rlworkbench.training.job import new_trainer, work
+    from rlworkbench.training.job import work
     config = Config(recipe="grpo", task="bandit", policy="table", steps=4, prompts=3, group=4, evaluate=0)
 
     def stop(step):
         if step.phase == "update" and step.clock[0] == 1:
             raise StopRun("enough")
-    trainer, run = new_trainer(config, 4), Run.create(tmp_path / "stopped", config)
+    trainer, run = new_trainer(config), Run.create(tmp_path / "stopped", config)
     trainer.watchers.append(stop)
     work(run, trainer, config, 4)
     assert run.read("stopped.json") == {"step": 2, "why": "enough"} and len(run.metrics) == 2

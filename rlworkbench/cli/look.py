@@ -54,12 +54,14 @@ def validate(
     limit: Annotated[Optional[int], typer.Option(help="at most so many items of each split")] = None,
     as_json: JSON = False,
 ):
-    "Check a task's verifier against its own gold answers."
+    "Check a task's verifier against its own gold answers, and every row of a file."
     from rlworkbench.core.registry import tasks
     from rlworkbench.tasks.task import validate as check
-    bad = check(tasks.get(task), limit=limit)
-    for split, item, says in bad[:20]:
-        say(f"{split} {item}: {says}", as_json)
+    source, rest = tasks.source(task)
+    bad = source.faults(rest) if source is not None and source.faults else []
+    bad = bad or check(tasks.get(task), limit=limit)
+    for where, name, says in bad[:100]:
+        say(f"{where}{' ' + name if name else ''}: {says}", as_json)
     say(f"{task}: {'all is well' if not bad else f'{len(bad)} faults'}", as_json)
     if as_json:
         typer.echo(json.dumps({"task": task, "faults": bad}))

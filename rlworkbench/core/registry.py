@@ -53,8 +53,17 @@ class Registry:
                     raise ValueError(f"the {self.kind} plug-in {point.name!r} ({point.value}) failed to load: {e}") from e
         return self.found
 
+    def source(self, name: str) -> tuple:
+        "The source that a name begins with, and what follows the colon; (None, name) if there is none."
+        prefix, colon, rest = name.partition(":")
+        found = self.all().get(prefix + colon) if colon else None
+        return (found, rest) if found is not None else (None, name)
+
     def get(self, name: str):
-        "The object of that name; ValueError with the nearest names if there is none."
+        "The object of that name, opened by its source if the name has one; ValueError with the nearest names if there is none."
+        source, rest = self.source(name)
+        if source is not None:
+            return source.open(rest)
         if name not in self.all():
             raise ValueError(unknown(self.kind, name, self.all()))
         return self.all()[name]
@@ -71,5 +80,5 @@ def unknown(
 
 # %% ../../nbs/core/06_registry.ipynb #c008
 recipes = Registry("recipe", ("rlworkbench.recipes",), (("rlworkbench.recipes.recipe", "Recipe"), ("rlworkbench.recipes.recipe", "Lesson")), "rlworkbench.recipes")
-tasks = Registry("task", ("rlworkbench.tasks",), (("rlworkbench.tasks.task", "Task"),), "rlworkbench.tasks")
+tasks = Registry("task", ("rlworkbench.tasks",), (("rlworkbench.tasks.task", "Task"), ("rlworkbench.tasks.task", "TaskSource")), "rlworkbench.tasks")
 policies = Registry("policy", ("rlworkbench.policies",), (("rlworkbench.policies.policy", "PolicySpec"),), "rlworkbench.policies")

@@ -17,7 +17,7 @@ class Settings:
     "The workbench's own defaults; every field is a key of `[workbench]` in settings.ini."
     runs_path: str = "runs"     # folder of run folders, relative to where you work
     data_path: str = "data"     # folder of built policies and caches
-    device: str = "auto"        # auto or cpu; other devices are not supported yet
+    device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
     seed: int = 42              # seed of a run that names none
     threads: str = "auto"       # torch threads: a number, or auto
 
@@ -84,9 +84,16 @@ def use_threads(
 
 # %% ../../nbs/core/00_settings.ipynb #c013
 def choose_device(
-    setting="auto",  # auto or cpu
+    setting="auto",  # auto, cpu, cuda, cuda:1, mps
 ) -> str:            # a torch device name
-    "The device to work on. Raises ValueError for one that is not supported."
-    if setting not in ("auto", "cpu"):
-        raise ValueError(f"device {setting!r} is not supported yet; use cpu or auto")
-    return "cpu"
+    "The device to work on; auto takes a CUDA device where there is one. Raises ValueError for one that is not here."
+    import torch
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if setting == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    kind, _, number = setting.partition(":")
+    if kind not in there or (number and not number.isdigit()):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:NUMBER or mps, got {setting!r}")
+    if not there[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"there is no device {setting} on this machine; use cpu or auto")
+    return setting

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'slot', 'Spec', 'label', 'shuffled', 'Group', 'score_replies', 'total', 'everything', 'group_zscore',
            'spread', 'ones', 'token_ratio', 'clipped', 'none', 'whole', 'per_sequence', 'token_mean', 'token_sum',
-           'kl_estimate', 'kl_penalty', 'as_is']
+           'kl_estimate', 'kl_penalty', 'corrected_kl', 'as_is']
 
 # %% ../../nbs/recipes/00_slots.ipynb #c002
 from dataclasses import dataclass, fields
@@ -95,7 +95,7 @@ def total(step: Step):
 @slot("all replies")
 def everything(step: Step):
     "Keep all."
-    return torch.ones(len(step), dtype=torch.bool)
+    return torch.ones(len(step), dtype=torch.bool, device=step.group.device)
 
 
 @slot("A_i = (R_i - mean_g R) / (std_g R + 1e-4)", needs={"group"})
@@ -192,6 +192,15 @@ class kl_penalty(Spec):
         return self.beta * kl_estimate(step.logp, need(step, "ref"), self.kind)
 
 # %% ../../nbs/recipes/00_slots.ipynb #c028
+@slot("β · r · k(logp, ref)", needs={"ref"})
+@dataclass(frozen=True, repr=False)
+class corrected_kl(kl_penalty):
+    "The penalty times the ratio: the present policy's divergence, estimated from an older one's replies."
+
+    def __call__(self, step: Step):
+        return step.ratio * super().__call__(step)
+
+# %% ../../nbs/recipes/00_slots.ipynb #c031
 @slot("g = Σ_terms g_term")
 def as_is(
     grads: dict,  # {term: {parameter: tensor}}

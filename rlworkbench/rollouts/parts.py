@@ -38,7 +38,8 @@ def collect(
     for i, v in enumerate(values):
         if list(v) != names:
             raise ValueError(f"item {step.items[step.group[i]].id} has reward parts {list(v)}, the first reply had {names}")
-    return {n: torch.tensor([finite(v[n], n, step.items[g]) for v, g in zip(values, step.group.tolist())], dtype=step.mask.dtype) for n in names}
+    return {n: torch.tensor([finite(v[n], n, step.items[g]) for v, g in zip(values, step.group.tolist())], dtype=step.mask.dtype, device=step.mask.device)
+            for n in names}
 
 # %% ../../nbs/rollouts/03_parts.ipynb #c006
 def judged(
@@ -72,7 +73,7 @@ def task_score(step: Step) -> dict:
 
 def coin(step: Step) -> dict:
     "A fair coin: the control for any reward."
-    return {"coin": torch.bernoulli(torch.full((len(step),), .5), generator=step.generator).to(step.mask.dtype)}
+    return {"coin": torch.bernoulli(torch.full((len(step),), .5, device="cpu"), generator=step.generator).to(step.mask)}
 
 
 task_score.formula, coin.formula = "verifier(item, reply)", "0 or 1 at random"

@@ -17,13 +17,14 @@ def temperatures(
     policy: Policy,
     sampling: Sampling,
     replies: list,      # N lists of token numbers so far
+    device=None,        # of the logits
 ):                      # a number, or (N,1) where it depends on the segment
     "The temperature of each row's next token."
     if not sampling.segments:
         return sampling.temperature
     by_name = dict(sampling.segments)
     now = [segment_tokens([policy.piece(t) for t in r] + ["."])[-1] for r in replies]
-    return torch.tensor([[float(by_name.get(SEGMENTS[s], sampling.temperature))] for s in now])
+    return torch.tensor([[float(by_name.get(SEGMENTS[s], sampling.temperature))] for s in now], device=device)
 
 # %% ../../nbs/rollouts/01_sampler.ipynb #c005
 @torch.no_grad()
@@ -39,11 +40,11 @@ def sample(
         step.metrics["prompt_not_shared"] = policy.apart
     else:
         cache = policy.select(policy.prefill(step.prompts), step.group, sampling.max_tokens)
-    banned, N = (*policy.banned, *sampling.banned), len(step.group)
-    hidden, done = cache.hidden, torch.zeros(N, dtype=torch.bool)
-    columns, replies = [], [[] for _ in range(N)]
+    banned, N, hidden = (*policy.banned, *sampling.banned), len(step.group), cache.hidden
+    done, columns, replies = torch.zeros(N, dtype=torch.bool, device=hidden.device), [], [[] for _ in range(N)]
+    step.group, given = step.group.to(hidden.device), None if given is None else given.to(hidden.device)
     for t in range(sampling.max_tokens):
-        heat = temperatures(policy, sampling, replies)
+        heat = temperatures(policy, sampling, replies, hidden.device)
         logits = shape_logits(policy.logits(hidden), 1.0 if sampling.temperature == 0 else heat, banned)
         token = draw(logits, sampling, step.generator)
         if given is not None and t < given.shape[1]:
@@ -75,4 +76,4 @@ def describe(policy: Policy, step: Step):
     replies = [r[:-1] if r and r[-1] == policy.eos else r for r in replies]
     step.text = [policy.text(r) for r in replies]
     segments = [segment_tokens([policy.piece(t) for t in r]) for r in replies]
-    step.segment = torch.tensor([s + [0] * (step.ids.shape[1] - len(s)) for s in segments])
+    step.segment = torch.tensor([s + [0] * (step.ids.shape[1] - len(s)) for s in segments], device=step.ids.device)

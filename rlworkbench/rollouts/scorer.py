@@ -38,9 +38,9 @@ def heat(
     if sampling.score_temperature is not None or not sampling.segments:
         return float(sampling.temperature if sampling.score_temperature is None else sampling.score_temperature)
     by_name = dict(sampling.segments)
-    of = torch.tensor([float(by_name.get(s, sampling.temperature)) for s in SEGMENTS])
+    of = torch.tensor([float(by_name.get(s, sampling.temperature)) for s in SEGMENTS], device=step.ids.device)
     rows = [segments_ahead([policy.piece(t) for t in row[:n]]) for row, n in zip(step.ids.tolist(), step.mask.sum(1).int().tolist())]
-    return of[torch.tensor([r + [0] * (step.ids.shape[1] - len(r)) for r in rows])][..., None]
+    return of[torch.tensor([r + [0] * (step.ids.shape[1] - len(r)) for r in rows], device=of.device)][..., None]
 
 # %% ../../nbs/rollouts/02_scorer.ipynb #c006
 def score(

@@ -13,12 +13,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import write_text
+from ..core.pictures import picture_name
 from ..recipes.recipe import show
 from ..show.curves import curves_svg
 from ..show.palette import FONT, css
 from ..show.tokens import STRIP_CSS, token_strip
-from ..training.job import with_law
-from ..training.run import Run, picture_name
+from ..training.choices import with_law
+from ..training.run import Run
 
 # %% ../../nbs/serving/00_report.ipynb #c004
 PAGE = """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_tensors', 'join_tensors', 'global_streams', 'set_global_streams', 'state_of', 'put_weights', 'restore',
-           'write_state', 'read_state']
+           'hand_over', 'write_state', 'read_state']
 
 # %% ../../nbs/training/03_checkpoint.ipynb #c002
 import json
@@ -96,14 +96,25 @@ def restore(trainer, state: tuple):
         put_weights(trainer.policy.parameters(), nest["weights"])
     names = list(trainer.policy.parameters())
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": {names.index(n): m for n, m in nest["moments"].items()}})
-    if trainer.average is not None:
-        for name, a in trainer.average.weights().items():
-            a.copy_(nest["average"][name])
+    if trainer.average is not None and nest["average"]:
+        put_weights(trainer.average.weights(), nest["average"])
     trainer.memory, trainer.done, trainer.drawn = nest["memory"], nest["done"], nest["drawn"]
     for w in trainer.watchers:
         if hasattr(w, "memory"):
             w.memory = nest["watchers"].get(type(w).__name__, {})
     set_global_streams(nest["streams"])
+
+
+def hand_over(
+    donor,     # a trainer
+    trainer,   # one that goes on in its place, perhaps with another recipe
+):
+    "Give a trainer the state of another: weights, moments, place in the data, generators. A slot that the donor lacks begins anew."
+    fresh = trainer.memory
+    restore(trainer, state_of(donor))
+    trainer.memory = {name: trainer.memory.get(name, start) for name, start in fresh.items()}
+    if trainer.average is not None and donor.average is None:
+        put_weights(trainer.average.weights(), trainer.policy.weights())
 
 # %% ../../nbs/training/03_checkpoint.ipynb #c011
 def write_state(trainer, folder, weights: bool = True):

@@ -19,9 +19,9 @@ def group_health(step: Step) -> dict:
     "Shares of groups: all right, all wrong, without spread of reward."
     P = len(step.items)
     there = group_count(step.group, P) > 0
-    solved = torch.zeros(P).index_add_(0, step.group, step.correct.float()) / group_count(step.group, P).clamp(min=1)
+    solved = torch.zeros(P, device=step.group.device).index_add_(0, step.group, step.correct.float()) / group_count(step.group, P).clamp(min=1)
     reward = step.reward if step.reward.dim() == 1 else step.reward.sum(1)
-    spread = torch.zeros(P).index_add_(0, step.group, (reward - group_mean(reward, step.group, P)).abs().float())
+    spread = torch.zeros(P, device=step.group.device).index_add_(0, step.group, (reward - group_mean(reward, step.group, P)).abs().float())
     return {"groups/all_right": float((solved[there] == 1).float().mean()), "groups/all_wrong": float((solved[there] == 0).float().mean()),
             "frac_reward_zero_std": float((spread[there] < 1e-8).float().mean())}
 

@@ -50,7 +50,7 @@ def minibatches(
 ):                 # row numbers of each
     "The rows of a step in `batches` parts, whole groups, in random order."
     present = step.group.unique()
-    order = present[torch.randperm(len(present), generator=stream)] if batches > 1 else present
+    order = present[torch.randperm(len(present), generator=stream).to(present.device)] if batches > 1 else present
     for part in order.tensor_split(min(batches, len(present))):
         yield torch.isin(step.group, part).nonzero()[:, 0]
 

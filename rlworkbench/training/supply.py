@@ -29,9 +29,11 @@ def written(
     "Replies that somebody wrote, as a Step."
     rows = [policy.tokens(t) for t in texts]
     T = max(map(len, rows))
-    step = Step(items=items, group=torch.arange(len(items)), prompts=policy.encode(items), law=law or Sampling())
-    step.ids = torch.tensor([r + [policy.pad] * (T - len(r)) for r in rows])
-    step.mask = torch.tensor([[1.] * len(r) + [0.] * (T - len(r)) for r in rows]).to(next(iter(policy.parameters().values()), torch.zeros(())).dtype)
+    like = next(iter(policy.weights().values()))
+    step = Step(items=items, group=torch.arange(len(items), device=like.device), prompts=policy.encode(items), law=law or Sampling())
+    step.ids = torch.tensor([r + [policy.pad] * (T - len(r)) for r in rows], device=like.device)
+    ones = torch.tensor([[1.] * len(r) + [0.] * (T - len(r)) for r in rows], device=like.device)
+    step.mask = ones.to(torch.promote_types(like.dtype, torch.float32))
     step.origin = torch.full_like(step.ids, ORIGINS.index(origin))
     describe(policy, step)
     return step
@@ -56,8 +58,8 @@ def after_reply(
         head = [t for t in ids[:n] if t != policy.eos]
         rows.append((len(head), head + target))
     T = max(len(r) for _, r in rows)
-    ids = torch.tensor([r + [policy.pad] * (T - len(r)) for _, r in rows])
-    at = torch.arange(T)
+    ids = torch.tensor([r + [policy.pad] * (T - len(r)) for _, r in rows], device=step.ids.device)
+    at = torch.arange(T, device=ids.device)
     mask = torch.stack([(at >= head) & (at < len(r)) for head, r in rows]).to(step.mask.dtype)
     return replace(step, ids=ids, mask=mask, segment=torch.zeros_like(ids))
 

@@ -2,15 +2,18 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from rlworkbench.core.files import write_json_lines
 from rlworkbench.core.step import Step
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.recipes.grpo import grpo
@@ -19,9 +22,12 @@ from rlworkbench.recipes.slots import Group
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.rollouts.scorer import score
+from rlworkbench.serving.report import write_report
 from rlworkbench.tasks.digits import digits_sum
+from rlworkbench.training.choices import load_policy
 from rlworkbench.training.evaluate import evaluate
-from rlworkbench.training.job import load_policy
+from rlworkbench.training.job import recorded, train
+from rlworkbench.training.run import Config, Run
 from rlworkbench.training.trainer import Trainer
 
 def in_turn(first, second, repeats=5) -> dict:
@@ -91,6 +97,48 @@ def health() -> dict:
     return found | {"identical_weights": same}
 
 
+def recording() -> dict:
+    "Ten training steps, their log, tables, pictures and a checkpoint written as by default, against ten that leave nothing."
+    config, number = Config(evaluate=0), iter(range(10**6))
+
+    def ten(run=None):
+        trainer = Trainer(load_policy("tiny"), digits_sum, grpo.but(rollout=Group(Sampling(max_tokens=34))), 24, 8)
+        for _ in range(10):
+            step = trainer.step()
+            if run is not None:
+                run.log(step)
+                if recorded(config, trainer.done):
+                    run.record(trainer.policy, step, sorted(set(step.group.tolist()))[:6])
+        if run is not None:
+            run.save(trainer)
+    with TemporaryDirectory() as tmp:
+        return in_turn(ten, lambda: ten(Run.create(Path(tmp) / str(next(number)), config)), repeats=3)
+
+
+def folders() -> dict:
+    "Megabytes of a run of 100 steps; seconds to open one of 1,000 (its log repeated, its tables kept), and to write its report."
+    def timed(code):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp)
+        return time.perf_counter() - start
+    with TemporaryDirectory() as tmp:
+        run = train(Config(steps=100, evaluate=0, threads="1"), Path(tmp) / "run")
+        size = sum(f.stat().st_size for f in run.folder.rglob("*")) / 1e6
+        rows = run.rows()
+        write_json_lines(run.folder / "metrics.jsonl", [r | {"step": 100 * k + r["step"]} for k in range(10) for r in rows])
+        for k in range(10, 100):
+            shutil.copy(run.folder / "steps/000010.parquet", run.folder / f"steps/{k * 10 + 10:06d}.parquet")
+        start = time.perf_counter()
+        again = Run.open(run.folder)
+        opened = (len(again.metrics), len(again.steps()), len(again.tokens(again.steps()[-1])))
+        open_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        write_report(again, Path(tmp) / "report.html")
+        return {"megabytes_100_steps": size, "open_seconds": open_seconds, "opened": opened, "report_seconds": time.perf_counter() - start,
+                "report_megabytes": (Path(tmp) / "report.html").stat().st_size / 1e6,
+                "report_command_seconds": timed("from rlworkbench.cli.main import main; import sys; sys.argv = ['x', 'report', 'run']; main()")}
+
+
 def startup() -> dict:
     "Wall seconds of `import rlworkbench` and of `rlworkbench --help`, medians of five processes."
     def wall(command):
@@ -122,6 +170,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
     "scoring, 128 prompt tokens": scoring, "health": health, "startup": startup,
+    "recording": recording, "run folders": folders,
     "plateau of imitation": plateau,
 }
 
