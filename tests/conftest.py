@@ -8,7 +8,8 @@ from rlworkbench.core.registry import recipes
 from rlworkbench.core.step import take
 from rlworkbench.policies.table import TablePolicy
 from rlworkbench.recipes.recipe import Recipe
-from rlworkbench.recipes.slots import Group, kl_penalty
+from rlworkbench.recipes.slots import Group, kl_penalty, label
+from rlworkbench.rollouts.parts import from_function
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.tasks.bandit import Bandit
@@ -18,6 +19,7 @@ torch.set_num_threads(1)
 
 SPELL = Bandit("spell", prompts=3, length=6, letters=4, near=2)   # 'd' ends a reply, so that replies have 1 to 6 tokens
 LAW = Sampling(max_tokens=SPELL.length)
+Bandit.route = lambda self, item, text: tuple(enumerate(text))    # for methods that compare routes: each word goes its own way
 PLAIN = Recipe("plain", rollout=Group(LAW))
 RECIPES = [r for r in recipes.all().values() if isinstance(r, Recipe)]
 VARIANTS = [PLAIN, *(PLAIN.but(name=f"plain_{k}", penalty=kl_penalty(.1, k)) for k in ("k1", "k2", "k3"))]
@@ -64,10 +66,17 @@ class Script(Group):
         step.origin.zero_()
 
 
+def letters(item, text):
+    "A judge for methods that grade the thinking: the share of letters that stand where they should."
+    return sum(a == b for a, b in zip(item.answer, text)) / max(1, len(text))
+
+
 def on_table(recipe, **changes) -> Recipe:
     "A recipe in its own form, with replies as long as the table allows."
     law = replace(recipe.rollout.sampling, max_tokens=LAW.max_tokens)
-    return recipe.but(**({"rollout": replace(recipe.rollout, sampling=law), "batches": 1, "epochs": 1} | changes))
+    order = replace(recipe.order, least=0) if hasattr(recipe.order, "least") else recipe.order   # a filter that lets all three problems pass
+    parts = tuple(from_function(letters, "thinking") if label(part) == "thinking" else part for part in recipe.rewards)
+    return recipe.but(**({"rollout": replace(recipe.rollout, sampling=law), "order": order, "rewards": parts, "batches": 1, "epochs": 1} | changes))
 
 
 def collected(recipe, policy=None, group=8, seed=0, task=SPELL):

@@ -67,7 +67,7 @@ def test_dead_groups_beside_a_living_one(recipe):
         def score(self, item, text):
             return {"correct": {"0": 1., "1": 0.}.get(item.prompt, super().score(item, text)["correct"])}
     if len(recipe.rewards) > 1 or "ref" in recipe.needs:
-        recipe = recipe.but(rewards=recipe.rewards[:1], penalty=PLAIN.penalty)
+        recipe = recipe.but(rewards=recipe.rewards[:1], shape=PLAIN.shape, penalty=PLAIN.penalty)
     policy = ending()
     before = policy.table.detach().clone()
     rollout = Script(LAW, ("abd", "bad", "acd", "cd"))

@@ -1,20 +1,64 @@
 """What the README says can be done can be done."""
+import json
 import re
 from pathlib import Path
 
-from rlworkbench.cli import main  # noqa: F401, registers the commands
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+from rlworkbench.cli import main
 from rlworkbench.cli.app import app
+from rlworkbench.core.registry import tasks
+from rlworkbench.policies.tiny import random_tiny
+from rlworkbench.training.run import Run
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+OWN = re.search(r"^## Your own model and data\n.*?(?=^## )", README, re.S | re.M)[0]
+
+
+def blocks(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def test_the_python_examples_run(capsys):
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+    for block in blocks("python", README.replace(OWN, "")):
         exec(block, names)
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[:10]] == "sample rescore reward shape keep advantage forward loss gradient update".split()
     assert "constant_length" in printed
+
+
+def test_your_own_model_and_data(tmp_path, monkeypatch, capsys):
+    """The section as it stands, in an empty folder; only the number of steps is smaller."""
+    (mine, python), (problems,) = blocks("python", OWN), blocks("json", OWN)
+    monkeypatch.chdir(tmp_path)
+    more = [{"prompt": f"What is {a}+{b}?", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    Path("problems.jsonl").write_text(problems + "".join(json.dumps(row) + "\n" for row in more))
+    Path("mine.py").write_text(mine)
+    Image.new("RGB", (48, 48), "white").save("seven-five.png")
+    random_tiny().save("my-model")
+    for command in re.findall(r"^    (rlworkbench .*)$", OWN, re.M):
+        monkeypatch.setattr("sys.argv", command.replace("--steps 20", "--steps 2").split())
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        assert end.value.code == 0, command
+    exec(python.replace("steps=20", "steps=2"), {})
+    assert len(Run.open("runs/mine").metrics) == 2 and "reward" in capsys.readouterr().out
+    one, two = (Run.open(f"runs/{name}").metrics for name in ("mine", "mine-too"))
+    assert {"rewards/right/mean", "rewards/brief/mean", "reward"} <= set(one)
+    assert (one["rewards/brief/mean"] < 0).all() and set(one) == set(two)
+
+
+def test_own_model_and_data_take_ten_lines():
+    code = "".join(blocks("python", OWN))
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_every_source_of_tasks_is_in_its_table():
+    named = set(re.findall(r"^\| `([a-z-]+:)", OWN, re.M))
+    assert named == {name for name in tasks.all() if name.endswith(":")}
 
 
 def test_the_first_example_has_ten_lines():
@@ -23,12 +67,12 @@ def test_the_first_example_has_ten_lines():
 
 
 def test_every_command_it_names_exists():
-    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
-    named = set(re.findall(r"^ +rlworkbench (\w+)", README, re.M))
-    assert named and named <= commands
-    for options in re.findall(r"^ +rlworkbench train (.*)$", README, re.M):
-        for option in re.findall(r"--([a-z-]+)", options):
-            assert option.replace("-", "_") in next(c.callback.__annotations__ for c in app.registered_commands if c.callback.__name__ == "train"), option
+    commands = get_command(app).commands
+    named = re.findall(r"^ +rlworkbench (\w+)(.*)$", README, re.M)
+    assert {name for name, _ in named} <= set(commands) and {"train", "fork", "doctor"} <= {name for name, _ in named}
+    for name, rest in named:
+        known = {option for p in commands[name].params for option in p.opts}
+        assert set(re.findall(r" (--[a-z-]+)", rest.partition("#")[0])) <= known, (name, rest)
 
 
 def test_files_and_make_targets_it_names_exist():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from rlworkbench.core.config import FORMAT
 from rlworkbench.core.pictures import picture_name
 from rlworkbench.training.choices import new_trainer
 from rlworkbench.training.estimate import estimate
 from rlworkbench.training.job import fork_run, resume, train
-from rlworkbench.training.run import FORMAT, Config, Run
+from rlworkbench.training.run import Config, Run
 
 from .test_resume import TRAIN, assert_same
 

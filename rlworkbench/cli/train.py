@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['train', 'slug', 'say_need', 'watcher', 'how_to_go_on', 'fork', 'resume', 'print_result', 'evaluate_command', 'report',
-           'build', 'demo']
+           'make_room', 'build', 'demo']
 
 # %% ../../nbs/cli/01_train.ipynb #c002
 import json
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -183,6 +184,22 @@ def report(
     say(f"report: {write_report(Run.open(run), html)}")
 
 # %% ../../nbs/cli/01_train.ipynb #c011
+def make_room(
+    folder: Path,   # to be written
+    force: bool,    # replace a policy that is there
+):
+    "Refuse a folder that can't be written or holds something; asked before the work, not after it. Raises ValueError."
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        mine = (folder / "making.json").exists()
+        if not (mine and force):
+            raise ValueError(f"{folder} already holds {'a policy; --force replaces it' if mine else 'something'}")
+    if folder.parent.is_file():
+        raise ValueError(f"{folder} can't be written: {folder.parent} is a file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        raise ValueError(f"{folder} can't be written: {folder.parent} is not yours to write to")
+
+# %% ../../nbs/cli/01_train.ipynb #c012
 @app.command()
 def build(
     variant: Annotated[str, typer.Argument(help="tiny; a base policy of a bed: micro-verbose, micro-synonyms, micro-routes, micro-kk; smollm2")],
@@ -204,10 +221,7 @@ def build(
         raise ValueError(f"steps must be 1 or more, got {steps}" if usual else f"{variant} is fetched, not trained; it takes no --steps")
     steps = steps or usual
     folder = out or built_folder(variant)
-    if folder.exists() and any(folder.iterdir()):
-        mine = (folder / "making.json").exists()
-        if not (mine and force):
-            raise ValueError(f"{folder} already holds {'a policy; --force replaces it' if mine else 'something'}")
+    make_room(folder, force)
     use_threads(threads)
     with bar(steps or 1, as_json) as progress:
         card = make(folder, steps, lambda k, m: (progress.update(), progress.set_postfix(loss=f"{m['loss']:.3f}")))
@@ -216,7 +230,7 @@ def build(
     if as_json:
         typer.echo(json.dumps(card))
 
-# %% ../../nbs/cli/01_train.ipynb #c013
+# %% ../../nbs/cli/01_train.ipynb #c014
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="training steps")] = 30,

@@ -8,6 +8,7 @@ __all__ = ['Settings', 'find_settings', 'load_settings', 'cores_allowed', 'choos
 # %% ../../nbs/core/00_settings.ipynb #c002
 import configparser
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def find_settings(
     here = Path(start).resolve()
     for folder in (here, *here.parents):
         file = folder / "settings.ini"
-        if file.is_file() and "[workbench]" in file.read_text(errors="replace"):
+        if file.is_file() and re.search(r"^\[workbench\]", file.read_text(encoding="utf-8", errors="replace"), re.M):
             return file
 
 # %% ../../nbs/core/00_settings.ipynb #c006
@@ -49,6 +50,8 @@ def load_settings(
     known = {f.name for f in fields(Settings)}
     if unknown := set(found) - known:
         raise ValueError(f"{file}: unknown key {sorted(unknown)[0]!r} in [workbench]; keys are {', '.join(sorted(known))}")
+    if empty := [k for k, v in found.items() if not v]:
+        raise ValueError(f"{file}: {empty[0]} has no value")
     if not found.get("seed", "0").lstrip("-").isdigit():
         raise ValueError(f"{file}: seed must be a whole number, got {found['seed']!r}")
     return Settings(**found | ({"seed": int(found["seed"])} if "seed" in found else {}))

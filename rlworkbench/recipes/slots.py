@@ -20,7 +20,7 @@ from ..rollouts.sampling import Sampling
 from ..rollouts.scorer import score
 
 # %% ../../nbs/recipes/00_slots.ipynb #c004
-NEEDS = ("group", "ref", "entropy", "hidden", "image_spans", "demos", "teacher", "target", "ema", "validation")
+NEEDS = ("group", "ref", "entropy", "hidden", "image_spans", "demos", "teacher", "target", "ema", "validation", "steps", "route")
 
 
 def slot(

@@ -35,6 +35,8 @@ def collect(
 ) -> dict:         # {name: (N,)}
     "One tensor per part; every reply must have the same parts."
     names = list(values[0]) if values else []
+    if values and not names:
+        raise ValueError(f"item {step.items[step.group[0]].id} has a reward without parts")
     for i, v in enumerate(values):
         if list(v) != names:
             raise ValueError(f"item {step.items[step.group[i]].id} has reward parts {list(v)}, the first reply had {names}")

@@ -44,6 +44,8 @@ def table(header: list, rows: list, numbers=()) -> str:
 def accuracies(run: Run, controls: dict) -> str:
     "Held-out accuracy before and after, and of the controls."
     result = run.read("result.json")
+    if result and not (isinstance(result, dict) and {"before", "after"} <= set(result)):
+        raise ValueError(f"{run.folder / 'result.json'} is not the result of a run: it has no before and after")
     if not result:
         return "<p class=soft>This run measured no held-out accuracy.</p>"
     found = [("before", result["before"], None)] if result["before"] else []

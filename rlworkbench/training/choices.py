@@ -36,7 +36,10 @@ def load_policy(
     "A policy by name. Raises ValueError with the nearest names."
     if name in policies.all() or not (Path(name).is_dir() or "/" in name):
         return placed(policies.get(name).load(), device, dtype)
-    last = sorted((Path(name) / "checkpoints").glob("[0-9]*")) if (Path(name) / "steps").is_dir() else []
+    run = (Path(name) / "steps").is_dir()
+    last = sorted(c for c in (Path(name) / "checkpoints").glob("[0-9]*") if c.is_dir()) if run else []
+    if run and not last:
+        raise ValueError(f"{name} has no checkpoint yet")
     return of_a_run(Path(name), last[-1], device, dtype) if last else load_any(name, device, dtype)
 
 
@@ -67,12 +70,12 @@ def load_reward(
     if spec == "coin":
         return coin
     file, _, function = spec.rpartition(":")
-    if not file or not Path(file).is_file():
+    if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(f"--reward must be FILE.py:FUNCTION with an existing file, got {spec!r}")
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("user_reward", file))
     try:
         found.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f"{file} failed to import: {type(e).__name__}: {e}") from e
     if not callable(getattr(module, function, None)):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

@@ -61,7 +61,7 @@ class Trainer:
         self.watchers = [EntropyAlarm(), KLAlarm()] if watchers is None else list(watchers)
         self.keep, self.past = keep, []
         if hasattr(recipe.order, "prepare"):
-            recipe.order.prepare(policy, task, generator(seed, "prepare"))
+            self.memory[type(recipe.order).__name__] = recipe.order.prepare(policy, task, generator(seed, "prepare"))
 
     def step(self) -> Step:
         "One training step, run to its end."

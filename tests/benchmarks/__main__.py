@@ -29,6 +29,7 @@ from rlworkbench.training.evaluate import evaluate
 from rlworkbench.training.job import recorded, train
 from rlworkbench.training.run import Config, Run
 from rlworkbench.training.trainer import Trainer
+from rlworkbench.training.whatif import WhatIf  # noqa: F401, gives Trainer its whatif
 
 def in_turn(first, second, repeats=5) -> dict:
     "CPU seconds of two functions, run A B B A ...; medians and the median of the pairwise ratios second/first."
@@ -139,6 +140,19 @@ def folders() -> dict:
                 "report_command_seconds": timed("from rlworkbench.cli.main import main; import sys; sys.argv = ['x', 'report', 'run']; main()")}
 
 
+def whatif() -> dict:
+    "Five recipes compared on the replies of one step, as a multiple of that step; with a trial of each update, and with the replies drawn first."
+    recipe = grpo.but(rollout=Group(Sampling(max_tokens=34)))
+    trainer = Trainer(load_policy("tiny"), digits_sum, recipe, 24, 8)
+    trainer.step()
+    others = ("dr_grpo", "dapo", "gspo", "entropy20")
+    phases = trainer.phases()
+    held = next(s for s in phases if s.phase == "advantage")
+    ways = {"held": {"step": held}, "held, with trials": {"step": held, "trial": True}, "drawn first": {}, "drawn first, with trials": {"trial": True}}
+    twin = Trainer(load_policy("tiny"), digits_sum, recipe, 24, 8)
+    return {name: in_turn(twin.step, lambda: trainer.whatif(*others, **how), 3)["ratio"] for name, how in ways.items()}
+
+
 def startup() -> dict:
     "Wall seconds of `import rlworkbench` and of `rlworkbench --help`, medians of five processes."
     def wall(command):
@@ -169,7 +183,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
-    "scoring, 128 prompt tokens": scoring, "health": health, "startup": startup,
+    "scoring, 128 prompt tokens": scoring, "health": health, "whatif": whatif, "startup": startup,
     "recording": recording, "run folders": folders,
     "plateau of imitation": plateau,
 }
