@@ -22,7 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rlworkbench.core.config import FORMAT, Config
+from rlworkbench.core.item import Item
 from rlworkbench.policies.families import family, small_qwen
+from rlworkbench.policies.loading import load_hugging
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.training.job import train
 
@@ -520,6 +522,23 @@ GOOD_COMMANDS = {
 def test_the_same_commands_work_where_nothing_is_wrong(name, folder, shell):
     done = shell(folder, GOOD_COMMANDS[name])
     assert done.code == 0, done.err
+
+
+def test_a_template_that_the_folder_lacks_can_be_passed(folder):
+    template = (folder / "text/chat_template.jinja").read_text()
+    (folder / "text/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="text has no chat template"):
+        load_hugging(folder / "text")
+    asked = [Item("a", "What is 1+1?")]
+    assert load_hugging(folder / "text", template=template).encode(asked).ids[0].equal(family("llama").encode(asked).ids[0])
+
+
+def test_a_lock_that_is_held_is_not_broken(folder, shell):
+    held = lock(TABLE)(folder)
+    assert shell(folder, ("report", TABLE)).code == 0      # reading needs no lock
+    assert shell(folder, ("resume", TABLE, "--steps", "7")).code == 2
+    held.close()
+    assert shell(folder, ("resume", TABLE, "--steps", "7")).code == 0
 
 
 def test_a_dry_run_leaves_nothing(folder, shell):

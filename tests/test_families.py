@@ -162,7 +162,7 @@ def test_text_only_families_refuse_pictures(policies, name):
 def test_without_a_chat_template():
     policy = family("llama")
     policy.tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template; set processor.chat_template"):
+    with pytest.raises(ValueError, match="no chat template; put one"):
         HuggingPolicy(policy.model, policy.tokenizer, "bare")
 
 
