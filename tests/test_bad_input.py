@@ -389,6 +389,8 @@ case("option: --device cuda", (*QUICK, "--device", "cuda:99"), "there is no devi
 case("option: --device", (*QUICK, "--device", "gpu"), "got 'gpu'")
 case("option: --dtype", (*QUICK, "--dtype", "float16"), "dtype must be float32 or bfloat16, got 'float16'")
 case("option: --dtype of a table", (*QUICK, "--dtype", "bfloat16"), "'table' is a table; it has no bfloat16")
+case("option: --dtype without adapters", (*QUICK, "--policy", "random-tiny", "--task", "digits-sum", "--dtype", "bfloat16"),
+     "round most of their updates away; --lora N")
 case("option: --lora on a table", (*QUICK, "--lora", "4"), "'table' is no Hugging Face model")
 case("option: --checkpointing a table", (*QUICK, "--checkpointing"), "'table' is no Hugging Face model")
 case("option: --recipe", (*QUICK, "--recipe", "grop"), "unknown recipe 'grop'; did you mean grpo")

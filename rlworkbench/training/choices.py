@@ -122,6 +122,8 @@ def new_trainer(config: Config, recipe=None) -> Trainer:
     if config.evaluate and not len(task.items("test")):
         raise ValueError(f"{config.task} has no held-out problems; --evaluate 0 does without")
     policy = load_policy(config.policy, choose_device(config.device), config.dtype)
+    if config.dtype == "bfloat16" and not config.lora:
+        raise ValueError("weights in bfloat16 round most of their updates away; --lora N trains adapters beside them, which stay in float32")
     if config.lora:
         add_lora(policy, config.lora, seed=config.seed)
     if config.checkpointing and not isinstance(policy, HuggingPolicy):
