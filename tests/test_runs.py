@@ -12,6 +12,7 @@ import pytest
 
 from rlworkbench.core.config import FORMAT
 from rlworkbench.core.pictures import picture_name
+from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.training.choices import new_trainer
 from rlworkbench.training.estimate import estimate
 from rlworkbench.training.job import fork_run, resume, train
@@ -133,6 +134,42 @@ def test_data_or_reward_that_changed_is_noticed(tmp_path):
         resume(run.folder, 4)
 
 
+def test_a_folder_of_somebody_elses_is_neither_written_to_nor_removed(tmp_path):
+    """A model's folder has a config.json, too."""
+    random_tiny().save(tmp_path / "model")
+    (tmp_path / "model" / "notes").mkdir()
+    (tmp_path / "model" / "notes" / "thesis.txt").write_text("mine")
+    before = {f: f.read_bytes() for f in (tmp_path / "model").rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="already holds something"):
+        train(Config(**SMALL), tmp_path / "model")
+    assert before == {f: f.read_bytes() for f in (tmp_path / "model").rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="is not a run"):
+        Run.open(tmp_path / "model")
+
+
+def test_a_run_that_fails_at_once_removes_only_what_it_made(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(item, text):\n    return 1 / 0\n")
+    config = Config(**SMALL | dict(reward=f"{tmp_path}/mine.py:score"))
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    begun = Run.create(tmp_path / "begun", Config(**SMALL))
+    (begun.folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        train(config, begun.folder)
+    assert (begun.folder / "notes.txt").read_text() == "mine"
+
+
+def test_weights_that_changed_under_a_run_are_noticed(tmp_path):
+    random_tiny().save(tmp_path / "model")
+    config = Config(policy=str(tmp_path / "model"), task="text-sum", steps=1, prompts=2, group=2, max_tokens=4, evaluate=0, lora=2, threads="1")
+    run = train(config, tmp_path / "run")
+    assert len(resume(run.folder, 2).metrics) == 2
+    random_tiny(seed=1).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="the policy of .* has changed since it began"):
+        resume(run.folder, 3)
+
+
 # --- forks
 
 def test_a_fork_without_a_change_is_the_run(tmp_path):
@@ -196,6 +233,7 @@ def test_the_estimate_of_time_and_memory_is_about_right():
     code = """
 import json, resource, time, torch
 torch.set_num_threads(1)
+from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.training.choices import new_trainer
 from rlworkbench.training.estimate import estimate
 from rlworkbench.training.run import Config

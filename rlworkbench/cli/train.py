@@ -50,7 +50,7 @@ def train(
     "Train a policy; writes a run folder."
     from rlworkbench.core.settings import load_settings
     from rlworkbench.training import job
-    from rlworkbench.training.run import Config, read_config
+    from rlworkbench.training.run import Config, Run, read_config
     given = {k: v for k, v in dict(recipe=recipe, task=task, policy=policy, steps=steps, lr=lr, prompts=prompts, group=group, max_tokens=max_tokens,
                                    temperature=temperature, micro=micro, seed=seed, reward=reward, record=record, threads=threads,
                                    evaluate=evaluate, lora=lora, device=device, dtype=dtype, checkpointing=checkpointing,
@@ -58,6 +58,7 @@ def train(
     ours = load_settings()
     made = replace(read_config(config) if config else Config(seed=ours.seed, threads=ours.threads, device=ours.device), **given)
     folder = out or Path(ours.runs_path) / slug(f"{made.recipe}-{made.task}-{made.seed}")
+    Run(folder).free()
     need = say_need(made, as_json)
     if dry:
         return typer.echo(json.dumps(need)) if as_json else None
@@ -80,7 +81,7 @@ def say_need(config, as_json: bool) -> dict:
     from rlworkbench.training.estimate import estimate
     use_threads(config.threads)
     need = estimate(new_trainer(config), config.steps)
-    say(f"{config.steps} steps need about {need['cpu_seconds']:.0f} CPU seconds and {need['megabytes']} MB", as_json)
+    say(f"{config.steps} steps need about {need['cpu_seconds']:.2g} CPU seconds and {need['megabytes']} MB; evaluations come on top", as_json)
     return need
 
 
@@ -138,9 +139,7 @@ def print_result(run, as_json: bool):
     "What a run came to."
     result = run.read("result.json")
     if result:
-        for when, r in result.items():
-            if r is None:
-                continue
+        for when, r in ((w, r) for w, r in result.items() if r is not None):
             say(f"{when:>7}  greedy {r['greedy']:.3f} [{r['greedy_low']:.3f}, {r['greedy_high']:.3f}]  "
                 f"sampled {r['sampled']:.3f} [{r['sampled_low']:.3f}, {r['sampled_high']:.3f}]  n={r['n']}", as_json)
     say(f"run folder: {run.folder}", as_json)
@@ -151,7 +150,7 @@ def print_result(run, as_json: bool):
 @app.command("eval")
 def evaluate_command(
     policy: Annotated[str, typer.Argument(help="a policy's name, a folder or a run")],
-    task: Annotated[str, typer.Option(help="rlworkbench list tasks")] = "digits-sum",
+    task: Annotated[Optional[str], typer.Option(help="rlworkbench list tasks; default: the run's own, else digits-sum")] = None,
     n: Annotated[int, typer.Option(help="held-out problems")] = 200,
     k: Annotated[int, typer.Option(help="samples per problem")] = 4,
     seed: Annotated[int, typer.Option()] = 0,
@@ -165,10 +164,13 @@ def evaluate_command(
     from rlworkbench.core.settings import use_threads
     from rlworkbench.training.choices import load_policy
     from rlworkbench.training.evaluate import evaluate
+    from rlworkbench.training.run import Run
     use_threads(threads)
-    chosen = tasks.get(task)
-    found = evaluate(load_policy(policy), chosen, n, chosen.max_tokens, k, seed)
-    say(str(found), as_json)
+    own = Run.open(policy).config if (Path(policy) / "steps").is_dir() else None
+    chosen = tasks.get(task := task or (own.task if own else "digits-sum"))
+    cap = own.max_tokens if own and own.task == task and own.max_tokens else chosen.max_tokens
+    found = evaluate(load_policy(policy), chosen, n, cap, k, seed)
+    say(f"{task}, at most {cap} tokens\n{found}", as_json)
     if as_json:
         typer.echo(json.dumps({"policy": policy, "task": task} | asdict(found)))
 

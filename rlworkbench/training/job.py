@@ -70,11 +70,11 @@ def told(run: Run):
 
 @contextmanager
 def gone_if_empty(run: Run):
-    "A run that can't make its first step leaves no folder."
+    "A run that can't make its first step leaves no folder, if the folder was its own."
     try:
         yield
     except ValueError:
-        if not (run.folder / "metrics.jsonl").exists():
+        if run.ours and not (run.folder / "metrics.jsonl").exists():
             shutil.rmtree(run.folder)
         raise
 

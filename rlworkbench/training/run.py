@@ -85,10 +85,7 @@ class Run:
     def create(cls, folder, config: Config, digests: dict = None):
         "A new run folder. Raises ValueError if the folder holds anything but a run that failed before its first step."
         run = cls(folder)
-        begun = (run.folder / "metrics.jsonl").exists() or any((run.folder / "checkpoints").glob("*"))
-        if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-            if begun or not (run.folder / "config.json").exists():
-                raise ValueError(f"{run.folder} already holds {'a run' if begun else 'something'}; choose another --out or remove it")
+        run.ours = run.free()
         for part in ("steps", "images", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         import transformers
@@ -97,11 +94,21 @@ class Run:
             run.write("config.json", asdict(config) | {"versions": versions, "digests": digests or {}})
         return run
 
+    def free(self) -> bool:
+        "May a run be made here? Yes where nothing is; a run that never made a step may be begun again (False). Raises ValueError for anything else."
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return True
+        run = self.folder.is_dir() and (self.folder / "steps").is_dir() and (self.folder / "config.json").is_file()
+        if not run or (self.folder / "metrics.jsonl").exists() or any((self.folder / "checkpoints").glob("*")):
+            raise ValueError(f"{self.folder} already holds {'a run' if run else 'something'}; choose another --out or remove it")
+        read_config(self.folder / "config.json")
+        return False
+
     @classmethod
     def open(cls, folder):
         "An existing run folder. Raises ValueError if it is none."
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder} is not a run: it has no config.json")
+        if not (Path(folder) / "config.json").is_file() or not (Path(folder) / "steps").is_dir():
+            raise ValueError(f"{folder} is not a run: it has no {'steps' if (Path(folder) / 'config.json').is_file() else 'config.json'}")
         read_config(Path(folder) / "config.json")
         return cls(folder)
 
@@ -119,11 +126,6 @@ class Run:
     def config(self) -> Config:
         "What was run."
         return read_config(self.folder / "config.json")
-
-    @property
-    def digests(self) -> dict:
-        "SHA-256 of the user's own files that the run was made with."
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("digests", {})
 
     def rows(self) -> list:
         "The lines of the log."
@@ -174,6 +176,12 @@ class Run:
         return read_json(file) if (file := self.folder / name).exists() else None
 
 # %% ../../nbs/training/07_run.ipynb #c012
+@patch(as_prop=True)
+def digests(self: Run) -> dict:
+    "SHA-256 of the user's own files that the run was made with."
+    return json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("digests", {})
+
+
 @patch
 def save(self: Run, trainer, keep: int = 1):
     "A checkpoint: the policy as plain files where it can be, the trainer's state beside it; the last `keep` stay (0: all)."
