@@ -135,8 +135,11 @@ def new_trainer(config: Config, recipe=None) -> Trainer:
     "The trainer that a config describes, before its first step; the global generators begin at the config's seed, too."
     task = tasks.get(config.task)
     recipe = recipe or with_law(config, task)
-    if config.evaluate and "test" not in task.splits:
-        raise ValueError(f"{config.task} has no problems in its split 'test' to evaluate on; add some, or do without: --evaluate 0")
+    if config.evaluate:
+        try:
+            task.items("test")
+        except ValueError as e:
+            raise ValueError(f"{e}; or do without held-out problems: --evaluate 0") from None
     policy = load_policy(config.policy, choose_device(config.device), config.dtype)
     if config.dtype == "bfloat16" and not config.lora:
         raise ValueError("weights in bfloat16 round most of their updates away; --lora N trains adapters beside them, which stay in float32")
