@@ -28,7 +28,7 @@ from ..policies.policy import Policy
 from .checkpoint import write_state
 
 # %% ../../nbs/training/07_run.ipynb #c004
-PER_TOKEN = ("old", "logp", "ref", "entropy", "ratio", "weight", "coef", "surrogate", "penalty", "clipped", "kl")
+PER_TOKEN = ("old", "logp", "ref", "entropy", "collision", "ratio", "weight", "coef", "surrogate", "penalty", "clipped", "kl")
 
 
 def token_table(
