@@ -234,9 +234,11 @@ data("gold that the verifier rejects", lines(GOOD, {"prompt": "x", "answer": "ab
 data("missing picture", lines(GOOD | {"images": "none.png"}), ("x.jsonl, line 1", "'images'", "'none.png' can't be read"))
 data("broken picture", [write("x.jsonl", lines(GOOD | {"images": "text.png"})), write("text.png", "text")], ("x.jsonl, line 1", "'text.png' is not a picture"))
 data("decompression bomb", [write("x.jsonl", lines(GOOD | {"images": "b.png"})), write("b.png", bomb())], ("x.jsonl, line 1", "'b.png' has 100000 x 100000 pixels"))
-data("picture that ends too soon", [write("x.jsonl", lines(*(GOOD | {"images": "red.png", "split": s} for s in ("train",) * 3))), cut("red.png", .6)],
-     ("red.png", "is damaged"))
-data("picture for a model that reads text", lines(*(GOOD | {"images": "red.png", "id": str(k), "split": "train"} for k in range(3))), ("text reads text only", "1 picture"))
+data("picture for a model that reads text", lines(*(GOOD | {"images": "red.png", "id": str(k), "split": "train"} for k in range(3))), ("text reads text only, but x.jsonl, line 1 has 1 picture",))
+data("one picture among many texts", lines(*({"prompt": f"What is {k}+1?", "answer": str(k + 1), "split": "train"} | ({"images": "red.png"} if k == 40 else {}) for k in range(60))),
+     ("text reads text only, but x.jsonl, line 41 has 1 picture",))
+case("data: held-out picture for a model that reads text", (*OWN, "--evaluate", "4", "--task", "jsonl:x.jsonl"), "text reads text only, but x.jsonl, line 3 has 1 picture",
+     write("x.jsonl", lines(*(GOOD | {"split": s, "id": s} | ({"images": "red.png"} if s == "test" else {}) for s in ("train", "validation", "test")))))
 data("not UTF-8", b'{"prompt": "s\xfc\xdf", "answer": "2"}\n', ("x.jsonl, line 1", "is not UTF-8"))
 data("no training rows", lines(GOOD | {"split": "test"}), ("jsonl:x.jsonl has no problem in its split 'train'",))
 data("unknown option", lines(GOOD), ("unknown option 'lmit'", "limit"), ",lmit=3")
@@ -253,6 +255,8 @@ case("data: broken line for validate", ("validate", "jsonl:x.jsonl"), "there is 
 # models
 RUN = ("--task", "jsonl:problems.jsonl")
 VLM = ("train", "--policy", "model", "--prompts", "2", "--group", "2", "--evaluate", "0", "--steps", "2", "--max-tokens", "6", "--out", "new")
+case("data: picture that ends too soon", (*VLM, "--policy", "./model", "--task", "jsonl:x.jsonl"), ("red.png", "is damaged"),
+     write("x.jsonl", lines(*(GOOD | {"images": "red.png", "split": "train"} for _ in range(3)))), cut("red.png", .6))
 case("model: no such folder", (*MINE, "--policy", "models/none"), ("cannot load a policy from 'models/none'",))
 case("model: unknown name", (*MINE, "--policy", "tinny"), "unknown policy 'tinny'; did you mean tiny")
 case("model: of the hub, offline", (*MINE, "--policy", "someone/something"), ("cannot load a policy from 'someone/something'",))
@@ -314,10 +318,12 @@ case("run: config is a list", ("report", TABLE), (f"{TABLE}/config.json is not a
 case("run: config is not UTF-8", ("report", TABLE), f"{TABLE}/config.json is not a config", write(f"{TABLE}/config.json", b"\xff\xfe{}"))
 case("run: unknown key", ("resume", TABLE), (f"{TABLE}/config.json", "unknown key 'sead'"), edit(f"{TABLE}/config.json", sead=3))
 WRONG = {"recipe": 3, "task": ["bandit"], "policy": 7, "steps": "many", "prompts": 2.5, "group": None, "max_tokens": "long", "temperature": "hot", "lr": "small",
-         "clip": [1], "micro": "few", "seed": "first", "reward": 4, "record": "all", "threads": 2, "cpu_seconds": "some", "evaluate": True, "checkpoint": -1,
+         "clip": [1], "micro": "few", "batches": "some", "epochs": 1.5, "seed": "first", "reward": 4, "record": "all", "threads": 2, "cpu_seconds": "some", "evaluate": True, "checkpoint": -1,
          "keep": "two", "lora": {}, "device": 0, "dtype": "float16", "checkpointing": "yes", "parent": 5}
 for key, value in WRONG.items():
     case(f"config: {key} = {value!r}", ("train", "--config", "c.json", "--out", "new"), ("c.json", f"{key} must be", repr(value)), write("c.json", json.dumps({key: value})))
+case("config: seed = -1", ("train", "--config", "c.json", "--out", "new"), ("c.json", "seed must be a whole number, 0 or more, got -1"), write("c.json", '{"seed": -1}'))
+case("config: batches that do not divide", ("train", "--config", "c.json", "--out", "new"), ("c.json", "batches must divide prompts"), write("c.json", '{"prompts": 24, "batches": 5}'))
 case("config: missing", ("train", "--config", "gone.json"), "gone.json is not a config")
 case("config: a folder", ("train", "--config", "full"), "full is not a config")
 case("config: of a fork", ("train", "--config", "c.json", "--out", "new"), "rlworkbench fork makes such a run",
@@ -374,7 +380,7 @@ case("fork: its parent is no address", ("resume", "child", "--steps", "9"), ("pa
      remove("child/checkpoints"))
 
 # options
-for option, key, values in (("--steps", "steps", ("0", "-1")), ("--prompts", "prompts", ("0", "-1")), ("--group", "group", ("0", "-1")), ("--max-tokens", "max_tokens", ("0", "-1")),
+for option, key, values in (("--steps", "steps", ("0", "-1")), ("--prompts", "prompts", ("0", "-1")), ("--group", "group", ("0", "-1")), ("--batches", "batches", ("0", "-1")), ("--epochs", "epochs", ("0", "-1")), ("--seed", "seed", ("-1",)), ("--max-tokens", "max_tokens", ("0", "-1")),
                             ("--micro", "micro", ("0", "-1")), ("--lr", "lr", ("0", "-1", "nan", "inf")), ("--temperature", "temperature", ("-1", "nan", "inf")),
                             ("--evaluate", "evaluate", ("-1",)), ("--keep", "keep", ("-1",)), ("--lora", "lora", ("-1",)), ("--threads", "threads", ("0", "-1", "nan"))):
     for value in values:
@@ -382,6 +388,8 @@ for option, key, values in (("--steps", "steps", ("0", "-1")), ("--prompts", "pr
     if option != "--threads":
         case(f"option: {option} many", (*QUICK, option, "many"), (option, "valid"))
 case("option: --temperature 0", (*QUICK, "--temperature", "0"), "temperature 0 are for evaluation only")
+for batches in ("2", "4"):
+    case(f"option: --batches {batches} of 3 problems", (*QUICK, "--batches", batches), f"batches must divide prompts, got {batches} minibatches of 3 problems")
 case("option: --seed one", (*QUICK, "--seed", "one"), ("--seed", "valid integer"))
 case("option: --group 1", (*QUICK, "--group", "1", "--recipe", "grpo"), "group must be 2 or more, got 1")
 case("option: --record", (*QUICK, "--record", "all"), "record must be small or full, got 'all'")
@@ -413,7 +421,9 @@ case("reward: syntax error", (*MINE, "--reward", "s.py:f"), ("s.py failed to imp
 case("reward: import of what is not there", (*MINE, "--reward", "s.py:f"), ("s.py failed to import", "no_such_module"), write("s.py", "import no_such_module\n"))
 case("reward: file that ends the program", (*MINE, "--reward", "s.py:f"), ("s.py failed to import", "SystemExit"), write("s.py", "raise SystemExit(0)\n"))
 case("reward: for a lesson", (*MINE, "--recipe", "sft", "--reward", "mine.py:good"), "takes no --reward")
-case("recipe: a lesson without demonstrations", (*MINE, "--recipe", "sft"), "demonstration")
+case("recipe: a lesson without demonstrations", (*MINE, "--recipe", "sft"), ("problems.jsonl, line 1 has no demonstration", "'sft' learns from given replies"))
+case("recipe: a need that the task can't meet", (*QUICK, "--recipe", "trust_grpo"), ("'trust_grpo'", "thinking needs a task with a method steps", "'bandit'"))
+case("recipe: a route that the task can't tell", (*MINE, "--recipe", "route_diversity"), ("'route_diversity'", "needs a task with a method route"))
 
 # where it goes
 case("out: below a regular file", (*QUICK, "--out", "note.txt/run"), "note.txt/run")
@@ -453,10 +463,13 @@ case("eval: unknown task", ("eval", "tiny", "--task", "chess"), "unknown task 'c
 for option in ("--n", "--k"):
     for value in ("0", "-1"):
         case(f"eval: {option} {value}", ("eval", "tiny", option, value), ("n and k must be 1 or more", value))
+case("eval: --seed -1", ("eval", "tiny", "--seed", "-1", "--n", "2"), "seed must be 0 or more, got -1")
+case("demo: --seed -1", ("demo", "--seed", "-1"), "seed must be 0 or more, got -1")
+case("reproduce: --first-seed -1", ("reproduce", "clip_higher", "--first-seed", "-1"), "first must be 0 or more, got -1")
 case("eval: threads", ("eval", "tiny", "--threads", "0"), "threads must be")
 case("doctor: a stray word", ("doctor", "now"), "now")
 for name, content, says in (("no equals sign", "[workbench]\nno equals sign\n", "can't be read"), ("unknown key", "[workbench]\nsead = 7\n", "unknown key 'sead'"),
-                            ("seed", "[workbench]\nseed = first\n", "seed must be a whole number, got 'first'"), ("device", "[workbench]\ndevice = gpu\n", "got 'gpu'"),
+                            ("seed", "[workbench]\nseed = first\n", "seed must be a whole number, 0 or more, got 'first'"), ("negative seed", "[workbench]\nseed = -1\n", "0 or more, got '-1'"), ("device", "[workbench]\ndevice = gpu\n", "got 'gpu'"),
                             ("threads", "[workbench]\nthreads = some\n", "threads must be a positive number or 'auto', got 'some'"),
                             ("twice", "[workbench]\nseed = 1\nseed = 2\n", "can't be read"), ("not UTF-8", b"[workbench]\nruns_path = \xff\n", "can't be read"),
                             ("empty path", "[workbench]\nruns_path =\n", "runs_path")):

@@ -201,3 +201,77 @@ def test_the_installed_command_speaks_to_a_terminal(folder):
     assert done.returncode == 2
     assert done.stderr.startswith("rlworkbench: unknown recipe 'grop'; did you mean grpo") and done.stderr.count("\n") == 1
     assert "train" in subprocess.run([command, "--help"], cwd=folder, capture_output=True, text=True).stdout
+
+
+# what is said, and how often something is made
+
+def test_names_never_run_into_the_text(folder):
+    for kind in ("recipes", "tasks", "policies", "claims"):
+        said, known = run(folder, "list", kind).stdout.splitlines(), json.loads(run(folder, "list", kind, "--json").stdout.splitlines()[-1])
+        width = max(map(len, known))
+        assert [line[:width].rstrip() for line in said] == sorted(known)
+        assert all(line[width:width + 2] == "  " and line[width + 2:width + 3] != " " for line in said if line[width:].strip())
+    assert max(map(len, known)) != 18
+
+
+@pytest.fixture(scope="module")
+def small_run(folder):
+    assert run(folder, "train", *QUICK[:-2], "--steps", "4", "--seed", "0", "--evaluate", "0", "--out", "small").returncode == 0
+    return "small"
+
+
+def test_diff_says_in_words_where_nothing_differs(folder, small_run):
+    own = json.loads((folder / small_run / "config.json").read_text())["recipe"]
+    same = run(folder, "diff", small_run, "--step", "2", "--recipes", own).stdout
+    assert "There is nothing to compare with" in same and "Empty DataFrame" not in same
+    alike = run(folder, "diff", small_run, "--step", "2", "--recipes", "gspo,dr_grpo").stdout
+    assert "Empty DataFrame" not in alike and ("pushes every token as" in alike or "tokens that gspo pushes otherwise" in alike)
+
+
+def test_diff_counts_the_steps_it_makes_again(folder, small_run, monkeypatch):
+    from rlworkbench.cli import look
+    bars = []
+
+    class Bar:
+        def __init__(self, total, quiet):
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def update(self):
+            self.done += 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *what):
+            pass
+    monkeypatch.setattr(look, "bar", Bar)
+    assert run(folder, "diff", small_run, "--step", "4", "--recipes", "gspo").returncode == 0
+    assert [(b.total, b.done) for b in bars] == [(3, 3)]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_train_makes_its_trainer_once(folder, monkeypatch, tmp_path, more):
+    """An order that looks at the policy looks once, not once more for the estimate."""
+    from rlworkbench.recipes.rif import solvable
+    looks, look = [], solvable.prepare
+
+    def counted(self, *what):
+        looks.append(1)
+        return look(self, *what)
+    monkeypatch.setattr(solvable, "prepare", counted)
+    done = run(folder, "train", *QUICK[:-2], "--recipe", "rif", "--steps", "2", "--evaluate", "0", "--out", str(tmp_path / "once"), *more)
+    assert done.returncode == 0, done.stderr
+    assert len(looks) == 1
+
+
+def test_the_estimate_leaves_no_trace_in_the_run(folder, tmp_path):
+    """The trainer that was tried out is the one that trains: the same bits as one that was not."""
+    from rlworkbench.training.job import train
+    from rlworkbench.training.run import Config, Run
+    from tests.test_resume import assert_same
+    for recipe in ("rif", "stapo_random", "sft"):
+        assert run(folder, "train", *QUICK[:-2], "--recipe", recipe, "--steps", "4", "--evaluate", "0", "--seed", "3", "--threads", "1",
+                   "--out", str(tmp_path / recipe)).returncode == 0
+        config = Run.open(tmp_path / recipe).config
+        assert_same(tmp_path / recipe, train(Config(**vars(config)), tmp_path / f"{recipe}-again").folder)

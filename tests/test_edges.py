@@ -7,19 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlworkbench.core.item import Item
 from rlworkbench.core.reductions import group_count, group_mean, group_std, masked_mean, masked_quantile, masked_sum
 from rlworkbench.core.step import BY_ROW, Step, detached, join, put, take
 from rlworkbench.recipes.recipe import Recipe, Term
-from rlworkbench.recipes.slots import Group, group_zscore, per_sequence, score_replies, slot, token_mean, token_sum
-from rlworkbench.rollouts.parts import from_function
+from rlworkbench.recipes.sft import sft
+from rlworkbench.recipes.slots import NEEDS, Group, group_zscore, per_sequence, score_replies, slot, token_mean, token_sum
+from rlworkbench.rollouts.parts import from_function, task_score
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.rollouts.scorer import score
 from rlworkbench.tasks.bandit import Bandit
+from rlworkbench.tasks.task import Task
 from rlworkbench.training.health import StopRun, mark_clipped, update_health
 from rlworkbench.training.loss import minibatches
 from rlworkbench.training.trainer import Trainer
 from tests.conftest import LAW, PLAIN, RECIPES, SPELL, VARIANTS, Script, ending, on_table
 
+def never(policy, step):
+    "A rollout that must not be reached."
+    raise AssertionError("sampled")
+
+
+never.sampling = LAW
 BY_NAME = {r.name: r for r in (*RECIPES, *VARIANTS)}
 every_recipe = pytest.mark.parametrize("recipe", [on_table(r) for r in BY_NAME.values()], ids=BY_NAME)
 compares = pytest.mark.parametrize("recipe", [on_table(r) for r in BY_NAME.values() if "group" in r.needs], ids=[n for n, r in BY_NAME.items() if "group" in r.needs])
@@ -33,6 +42,13 @@ class First(Bandit):
 
 
 FIRST = First("first", prompts=3, length=6, letters=4)
+
+
+@dataclass(frozen=True)
+class Lacking(Task):
+    "Problems without demonstrations, of a task that knows no steps and no routes."
+    def items(self, split="train"):
+        return [Item(f"{self.name}/{split}/{k}", str(k), answer="abc") for k in range(3)]
 
 
 def dictated(recipe, *replies, task=FIRST, **kw):
@@ -311,6 +327,166 @@ def test_a_slot_of_the_wrong_shape_is_named(name, shape):
         Trainer(policy, FIRST, wrong.but(rollout=rollout), prompts=1, group=3).step()
 
 
+def untouched(recipe, says, replies=("abc", "bac", "abb"), **kw):
+    "One step of a recipe is refused in one sentence, and the table is as it was."
+    policy = ending()
+    before = policy.table.detach().clone()
+    rollout = kw.pop("rollout", Script(replace(LAW, max_tokens=3), tuple(replies)))
+    with pytest.raises(ValueError, match=says) as refused:
+        Trainer(policy, FIRST, recipe.but(name="mine", rollout=rollout), prompts=1, group=3, lr=.1, **kw).step()
+    assert str(refused.value).startswith("recipe 'mine'") and "\n" not in str(refused.value)
+    assert torch.equal(policy.table, before)
+
+
+def spoiled(name, how):
+    "The slot as it was, its value spoiled."
+    own = getattr(PLAIN, name)
+
+    def slot(step):
+        return how(own(step))
+    return PLAIN.but(**{name: slot})
+
+
+EVERY = ("shape", "advantage", "weight", "ratio", "surrogate", "penalty", "normalise")
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_slot_that_returns_what_is_not_finite_is_named(name, value, micro):
+    """At the last place of the last reply alone, which lies beyond its end: 0 times that would still be a gradient of nothing."""
+    def one(x):
+        return torch.where(torch.arange(x.numel()).reshape(x.shape) == x.numel() - 1, value, x)
+    untouched(spoiled(name, one), f"the slot {name} = slot returned what is not finite, {value} at reply [0-2], token 2|{value} at reply 2$", ("abc", "bac", "ad"), micro=micro)
+
+
+@pytest.mark.parametrize("name,dtype", [(n, torch.int64) for n in EVERY if n != "weight"] + [(n, torch.complex128) for n in EVERY] + [("keep", torch.float64)], ids=str)
+def test_a_slot_of_the_wrong_kind_is_named(name, dtype):
+    says = f"the slot {name} = slot returned {dtype}, expected {'true or false' if name == 'keep' else 'floating-point numbers'}"
+    untouched(spoiled(name, lambda x: x.to(dtype)), says)
+
+
+@pytest.mark.parametrize("name", [*EVERY, "keep"])
+def test_a_slot_that_returns_no_tensor_is_named(name):
+    untouched(spoiled(name, lambda x: None), f"the slot {name} = slot returned NoneType, expected a tensor")
+
+
+@pytest.mark.parametrize("name,shape", [("keep", (3, 3)), ("keep", (1,)), ("shape", (2,)), ("shape", (3, 2)), ("advantage", (4,))], ids=str)
+def test_a_number_per_reply_of_the_wrong_shape_is_named(name, shape):
+    untouched(PLAIN.but(**{name: lambda s: torch.ones(shape, dtype=torch.bool if name == "keep" else torch.float64)}), rf"the slot {name} = <lambda> returned \(\d.*\), expected \(N,")
+
+
+def test_truth_is_a_weight():
+    policy, other = ending(), ending()
+    for p, recipe in ((policy, spoiled("weight", lambda x: x > 0)), (other, PLAIN)):
+        Trainer(p, FIRST, recipe, prompts=3, group=4, lr=.1).step()
+    assert torch.equal(policy.table, other.table)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("recipe,name", [(spoiled("surrogate", torch.detach), "surrogate"), (spoiled("ratio", torch.detach), "surrogate"),
+                                         (PLAIN.but(penalty=lambda s: (s.logp.detach() - s.old) + .1), "penalty")], ids=["surrogate", "ratio", "penalty"])
+def test_a_slot_that_cuts_the_graph_is_named(recipe, name, micro):
+    untouched(recipe, f"the slot {name} = .* returned numbers without a gradient: something in it, or in the slot ratio, cuts the graph", micro=micro)
+
+
+def test_zeros_need_no_gradient():
+    """All replies wrong: the advantage is 0, so is the loss; nothing is cut, nothing moves."""
+    step, _, moved = dictated(PLAIN.but(surrogate=lambda s: -s.advantage[:, None] * s.ratio.detach()), "bbd", "bad", "ccd", "cd")
+    assert moved == 0 and (step.advantage == 0).all()
+
+
+def term(tokens, normalise=token_mean, scale=1.0):
+    return PLAIN.but(extra=(Term("more", tokens, normalise, scale),))
+
+
+@pytest.mark.parametrize("recipe,says", [
+    (term(lambda s: s.logp[:, :1]), r"the term more = <lambda> returned \(3, 1\), its normaliser token_mean \(3, 3\)"),
+    (term(lambda s: s.ids), "the term more = <lambda> returned torch.int64"), (term(lambda s: 1.0), "the term more = <lambda> returned float"),
+    (term(lambda s: s.logp * math.nan), "the term more = <lambda> is nan"), (term(lambda s: s.logp, scale=math.inf), "the term more = <lambda> is -?inf"),
+    (term(lambda s: s.logp.detach()), "the term more = <lambda> returned numbers without a gradient"),
+])
+def test_a_term_that_goes_wrong_is_named(recipe, says):
+    untouched(recipe, says)
+
+
+def test_a_term_of_scale_0_may_be_anything_finite():
+    """It is there for its gradient, or to be looked at."""
+    step, _, _ = dictated(PLAIN.but(extra=(Term("seen", lambda s: s.logp.detach(), token_mean, 0.0),)), "abd", "bad")
+    assert step.terms["seen"] == 0
+
+
+@pytest.mark.parametrize("names", [("more", "more"), ("policy",)], ids=str)
+def test_two_terms_of_one_name_are_refused_before_the_first_rollout(names):
+    recipe = PLAIN.but(rollout=never, extra=tuple(Term(n, lambda s: s.logp) for n in names))
+    with pytest.raises(ValueError, match=f"two terms of the loss are called '{names[0]}'"):
+        Trainer(ending(), FIRST, recipe, prompts=3, group=4)
+
+
+def test_two_parts_of_the_reward_of_one_name_are_refused():
+    untouched(PLAIN.but(rewards=(task_score, from_function(lambda item, text: 1., "correct"))), "two parts of the reward are called 'correct'; the second is")
+
+
+@pytest.mark.parametrize("picked", [[0, 99], [-1], [], [0.5], None, ["a"]], ids=str)
+def test_an_order_that_names_no_problems_is_named(picked):
+    untouched(PLAIN.but(order=lambda pool, step: picked), r"the slot order = <lambda> returned .*, expected numbers of problems, 0 to 2")
+
+
+GRADIENTS = {
+    "unknown": (lambda grads, step: {"tabel": grads["all"]["table"]}, "has no parameter 'tabel'"),
+    "shape": (lambda grads, step: {"table": grads["all"]["table"][0]}, "expected"),
+    "kind": (lambda grads, step: {"table": None}, "NoneType"),
+    "none": (lambda grads, step: None, "NoneType"),
+    "nan": (lambda grads, step: {"table": grads["all"]["table"] * math.nan}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_gradient_slot_that_goes_wrong_is_named(name):
+    slot, says = GRADIENTS[name]
+    untouched(PLAIN.but(gradient=slot), f"the slot gradient = <lambda> returned .*{says}")
+
+
+def forgetful(policy, step):
+    score_replies(policy, step)
+    step.logp = step.logp.detach()
+
+
+def short(policy, step):
+    score_replies(policy, step)
+    step.logp = step.logp[:, :2]
+
+
+@pytest.mark.parametrize("forward,says", [(lambda policy, step: None, "left logp empty"), (short, r"left logp of shape \(3, 2\), expected \(N,T\) = \(3, 3\)"),
+                                          (forgetful, "left logp without a gradient")], ids=["nothing", "short", "cut"])
+def test_a_forward_that_goes_wrong_is_named(forward, says):
+    untouched(PLAIN.but(forward=forward), f"the slot forward = .* {says}")
+
+
+@pytest.mark.parametrize("what", ["clipped(-.1)", "clipped(.2, -.1)", "clipped(math.nan)", "kl_penalty(-1.)", "kl_penalty(.1, 'k4')", "corrected_kl(-1.)", "outcome_minus_kl(-.1)",
+                                  "whitened_returns(1.1)", "mixed_groups(-1)", "soft_overlong(0)", "soft_overlong(1.5)", "truncated_weight(-1.)", "top_entropy(0)", "top_entropy(1.2)",
+                                  "silence(1.5)", "silence(.002, -.1)", "silence(by='luck')", "clip_covariance(2.)", "kl_covariance(-.1)", "kl_covariance(.1, -1.)", "dads(-1.)", "stcr(.9)",
+                                  "trusted(-.1)", "trusted(threshold=2)", "trusted(horizon=0)", "shortest_right(beyond=-1)", "middling(0)", "neuraladder(samples=0)", "neuraladder(problems=0)",
+                                  "solvable(samples=0)", "solvable(least=-1)", "route_distance(1.5)", "diverse_if_right(-1.)"])
+def test_a_parameter_out_of_range_is_refused_where_it_is_written(what):
+    import importlib
+    import pkgutil
+
+    import rlworkbench.recipes as package
+    known = {"math": math}
+    for module in pkgutil.iter_modules(package.__path__):
+        known |= vars(importlib.import_module(f"rlworkbench.recipes.{module.name}"))
+    with pytest.raises(ValueError, match=r"must lie in [\[(].*, got|kind must be|by both, probability") as refused:
+        eval(what, known)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_lesson_goes_through_its_phases_and_watchers_see_them():
+    seen = []
+    trainer = Trainer(ending(), SPELL, sft, prompts=3, watchers=[lambda step: seen.append((step.phase, len(step)))])
+    assert [(s.phase, len(s)) for s in trainer.phases()] == seen == [(name, 3) for name in ("fetch", "forward", "loss", "gradient", "update")]
+
+
 def test_a_watcher_may_stop_the_run_but_not_change_it():
     def impatient(step):
         if step.phase == "update" and step.clock[0] == 1:
@@ -558,9 +734,6 @@ def test_detached_cuts_every_graph():
 @pytest.mark.parametrize("bad,says", [(dict(prompts=0), "1 or more"), (dict(group=0), "1 or more"), (dict(group=1), "group must be 2 or more"),
                                       (dict(steps=0), "steps must be 1 or more")])
 def test_refused_before_the_first_rollout(bad, says):
-    def never(policy, step):
-        raise AssertionError("sampled")
-    never.sampling = LAW
     with pytest.raises(ValueError, match=says):
         Trainer(ending(), SPELL, PLAIN.but(rollout=never), **({"prompts": 3, "group": 4} | bad))
 
@@ -569,3 +742,29 @@ def test_refused_before_the_first_rollout(bad, says):
 def test_a_law_without_a_gradient_is_refused(law):
     with pytest.raises(ValueError, match="for evaluation only"):
         Trainer(ending(), SPELL, Recipe("r", rollout=Group(law)), prompts=3, group=4)
+
+
+@pytest.mark.parametrize("need", sorted(set(NEEDS) - {"group", "ref", "entropy", "hidden", "demos", "target", "ema", "validation"}))
+@pytest.mark.parametrize("where", ["weight", "rewards", "order", "extra"])
+def test_a_need_that_cannot_be_met_is_refused_before_the_first_rollout(need, where):
+    @slot("", needs={need})
+    def wants(step):
+        raise AssertionError("evaluated")
+    task = Lacking("lacking")
+    recipe = PLAIN.but(name="mine", rollout=never, **{where: wants if where in ("weight", "order") else (wants,) if where == "rewards" else (Term("more", wants),)})
+    with pytest.raises(ValueError, match=rf"recipe 'mine': the slot {where}.* needs .*{need}"):
+        Trainer(ending(), task, recipe, prompts=3, group=4)
+
+
+def test_demonstrations_that_are_missing_are_refused_before_the_first_rollout():
+    @slot("", needs={"demos"})
+    def shown(step):
+        raise AssertionError("evaluated")
+    with pytest.raises(ValueError, match="item lacking/train/0 has no demonstration; 'mine' learns from given replies"):
+        Trainer(ending(), Lacking("lacking"), PLAIN.but(name="mine", rollout=never, weight=shown), prompts=3, group=4)
+
+
+@pytest.mark.parametrize("seed", [-1, -10])
+def test_a_negative_seed_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed must be 0 or more, got {seed}"):
+        Trainer(ending(), SPELL, PLAIN.but(rollout=never), prompts=3, group=4, seed=seed)

@@ -64,6 +64,20 @@ MUTANTS = (   # file, what stands there (exactly once), what is put in its place
     ("training/health.py", "(solved[there] == 0)", "(solved[there] < 1)"),
 )
 
+STABILISERS = (   # the same, and the tests that must notice
+    ("recipes/stapo.py", "(H < masked_quantile", "(H > masked_quantile", "test_stabilisers_a.py"),
+    ("recipes/stapo.py", "(p < self.tau_p)", "(p > self.tau_p)", "test_stabilisers_a.py"),
+    ("recipes/stapo.py", 'mask * (need(batch, "weight") != 0)).sum()', "mask).sum()", "test_stabilisers_a.py"),
+    ("recipes/clip_cov.py", "(cov > self.low)", "(cov < self.low)", "test_stabilisers_a.py"),
+    ("recipes/kl_cov.py", "least(batch, -cov", "least(batch, cov", "test_stabilisers_a.py"),
+    ("recipes/apo_viewr1.py", "around = whole(step)", "around = step", "test_stabilisers_b.py"),
+    ("recipes/apo_viewr1.py", "(step.advantage, step) > 0)", "(step.advantage, step) < 0)", "test_stabilisers_b.py"),
+    ("recipes/trust_grpo.py", "gap.clamp(max=0).exp()", "gap.exp()", "test_stabilisers_b.py"),
+    ("recipes/observe_r1.py", "> self.beyond:", ">= 0:", "test_stabilisers_c.py"),
+    ("recipes/rif.py", "(right >= self.least)", "(right > self.least)", "test_stabilisers_c.py"),
+    ("recipes/route_diversity.py", "* v * (step.correct > 0)", "* v", "test_stabilisers_c.py"),
+)
+
 RUNNER = """
 import json, os, sys
 import hypothesis, pandas, pytest, torch, torch._dynamo
@@ -84,7 +98,7 @@ for folder in json.loads(folders):
 
 
 def name(mutant) -> str:
-    file, old, new = mutant
+    file, old, new, *_ = mutant
     return f"{file}: {old}  ->  {new}"
 
 
@@ -94,24 +108,24 @@ def plant(folder: Path, mutant=None) -> Path:
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("benchmarks"))
     shutil.copy2(ROOT / "pyproject.toml", folder)
     if mutant is not None:
-        path, (_, old, new) = folder / "rlworkbench" / mutant[0], mutant
+        path, (_, old, new, *_) = folder / "rlworkbench" / mutant[0], mutant
         path.write_text(path.read_text().replace(old, new))
     return folder
 
 
-def run(folders: list) -> list:
+def run(folders: list, files=FAST, only=ONLY) -> list:
     "Exit codes of pytest in each folder: 0 all passed, 1 something failed."
-    command = [sys.executable, "-c", RUNNER, json.dumps(FAST), ONLY, json.dumps([str(f) for f in folders])]
+    command = [sys.executable, "-c", RUNNER, json.dumps(files), only, json.dumps([str(f) for f in folders])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folders[0])
     codes = [int(c) for c in done.stdout.split()]
     assert len(codes) == len(folders), done.stderr[-2000:]
     return codes
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *STABILISERS], ids=name)
 def test_mutant_can_be_made(mutant):
     """What a mutant replaces stands in its file exactly once; else the list has grown stale."""
-    file, old, new = mutant
+    file, old, new, *_ = mutant
     assert (ROOT / "rlworkbench" / file).read_text().count(old) == 1
     compile((ROOT / "rlworkbench" / file).read_text().replace(old, new), file, "exec")
 
@@ -126,3 +140,14 @@ def test_tests_notice_mutants(tmp_path):
     survivors = [name(m) for m, code in zip(MUTANTS, codes) if code == 0]
     print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants caught", *survivors, sep="\n  survived: ")
     assert len(MUTANTS) >= 20 and 1 - len(survivors) / len(MUTANTS) >= SHARE, survivors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", sorted({m[3] for m in STABILISERS}))
+def test_the_stabilisers_tests_notice_theirs(tests, tmp_path):
+    """Every one of them, and the recipes as they are pass."""
+    mutants = [m for m in STABILISERS if m[3] == tests]
+    folders = [plant(tmp_path / "as-it-is"), *(plant(tmp_path / str(i), m) for i, m in enumerate(mutants))]
+    baseline, *codes = run(folders, (tests,), "not refused_in_one_sentence")
+    assert baseline == 0, (folders[0] / "out.txt").read_text()[-2000:]
+    assert [(name(m), code) for m, code in zip(mutants, codes) if code != 1] == []

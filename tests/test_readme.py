@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 from typer.main import get_command
 
+from rlworkbench.claims.index import claims_markdown, index_markdown
 from rlworkbench.cli import main
 from rlworkbench.cli.app import app
-from rlworkbench.core.registry import tasks
+from rlworkbench.core.registry import claims, recipes, tasks
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.training.run import Run
+from tests import paper_index
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 OWN = re.search(r"^## Your own model and data\n.*?(?=^## )", README, re.S | re.M)[0]
@@ -82,3 +84,27 @@ def test_files_and_make_targets_it_names_exist():
     makefile = (root / "Makefile").read_text()
     for target in re.findall(r"(?:`|^    )make (\w+)", README, re.M):
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_paper_index_is_the_one_of_the_results():
+    """In the README and in the notebook that is the front page. Both are written by one command."""
+    said = "the paper index is not that of the committed results; write it with: python -m tests.paper_index"
+    assert paper_index.parts(README)[1] == paper_index.generated(), f"README.md: {said}"
+    cells = json.loads(paper_index.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    shown = ["".join(o["data"].get("text/markdown", "")) for c in cells for o in c.get("outputs", []) if "data" in o]
+    for table in (index_markdown(), claims_markdown()):
+        assert table in shown, f"nbs/index.ipynb: {said}"
+
+
+def test_the_paper_index_has_every_method_and_every_claim():
+    table = paper_index.parts(README)[1]
+    for name in (*recipes.all(), *claims.all()):
+        assert f"[`{name}`](nbs/" in table, name
+    links = re.findall(r"\]\((nbs/[^)]+)\)", table)
+    assert len(links) > 20 and [to for to in links if not (paper_index.ROOT / to).is_file()] == []
+
+
+@pytest.mark.parametrize("text", ["no comments", f"{paper_index.BEGIN} only", f"{paper_index.END}{paper_index.BEGIN}", f"{paper_index.BEGIN}{paper_index.END}" * 2])
+def test_a_readme_without_a_place_for_it_is_refused(text):
+    with pytest.raises(ValueError, match="once each, in this order"):
+        paper_index.parts(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlworkbench.core.config import FORMAT
+from rlworkbench.core.config import FORMAT, read_config
 from rlworkbench.core.pictures import picture_name
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.training.choices import new_trainer
@@ -18,7 +18,7 @@ from rlworkbench.training.estimate import estimate
 from rlworkbench.training.job import fork_run, resume, train
 from rlworkbench.training.run import Config, Run
 
-from .test_resume import TRAIN, assert_same
+from .test_resume import TRAIN, assert_same, what_was_learned
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = dict(recipe="grpo", task="bandit", policy="table", steps=6, prompts=3, group=4, lr=.1, evaluate=0, checkpoint=2, threads="1")
@@ -259,3 +259,38 @@ def test_the_folder_of_a_run_takes_no_path_from_its_task():
     from rlworkbench.cli.train import slug
     assert slug("grpo-jsonl:/data/my problems.jsonl,verifier=exact-3") == "grpo-jsonl-my-problems.jsonl-3"
     assert os.sep not in slug("grpo-jsonl:../../x/y.jsonl-0")
+
+
+def updates(run):
+    "How many updates a step of a run made: the moments count them."
+    return int(next(w for n, w in what_was_learned(run.folder)[0].items() if n.endswith("/step"))) / len(run.metrics)
+
+
+def test_minibatches_and_passes_are_the_runs_own(tmp_path):
+    """Said in the config they win over the recipe; resume, fork and `train --config` make the same updates."""
+    several = Config(**SMALL | {"prompts": 4, "recipe": "kl_cov", "batches": 4, "epochs": 2})
+    whole = train(several, tmp_path / "whole")
+    assert json.loads((whole.folder / "config.json").read_text())["batches"] == 4 and updates(whole) == 8
+    assert updates(train(Config(**SMALL | {"prompts": 4, "recipe": "kl_cov"}), tmp_path / "usual")) == 2
+    assert updates(train(Config(**SMALL | {"prompts": 4, "recipe": "sft", "batches": 2}), tmp_path / "lesson")) == 2
+    train(Config(**vars(several) | {"steps": 3}), tmp_path / "half")
+    assert_same(whole.folder, resume(tmp_path / "half", 6).folder)
+    assert_same(whole.folder, fork_run(whole.folder, 3, tmp_path / "same").folder)
+    assert_same(whole.folder, train(read_config(whole.folder / "config.json"), tmp_path / "again").folder)
+    other = fork_run(whole.folder, 4, tmp_path / "other", recipe="grpo")
+    assert (other.config.batches, other.config.epochs) == (4, 2)
+
+
+def test_a_run_of_this_format_without_the_newer_keys_opens(tmp_path):
+    run = train(Config(**SMALL), tmp_path / "run")
+    config = json.loads((run.folder / "config.json").read_text())
+    (run.folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("batches", "epochs")}))
+    assert Run.open(run.folder).config == Config(**SMALL) and len(resume(run.folder, 7).metrics) == 7
+
+
+def test_passes_are_in_the_estimate():
+    def cpu(**how):
+        trainer = new_trainer(Config(prompts=8, group=4, threads="1", evaluate=0, **how))
+        return min(estimate(trainer, 10)["cpu_seconds"] for _ in range(3))
+    once, thrice = cpu(), cpu(epochs=6)
+    assert thrice > 1.5 * once and cpu(batches=4) > .5 * once

@@ -182,6 +182,14 @@ def test_a_covariance_by_hand():
     assert (covariance(step)[step.mask == 0] == 0).all()
 
 
+@pytest.mark.parametrize("low,high", [(.02, .2), (.1, 5.)])
+def test_what_sits_out_lies_in_the_band(low, high):
+    step = trial_batch()
+    trial(clip_cov, step)
+    cov, out = covariance(step), (clip_covariance(1., low, high)(step) == 0) & (step.mask > 0)
+    assert out.any() and torch.equal(out, (cov > low) & (cov < high) & (step.mask > 0))
+
+
 def test_the_leash_holds_the_highest_covariances_only():
     step = trial_batch()
     trial(kl_cov.but(penalty=kl_covariance(.1)), step)

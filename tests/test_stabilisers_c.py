@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlworkbench.core.step import Step
 from rlworkbench.policies.table import TablePolicy
-from rlworkbench.recipes.observe_r1 import neuraladder, observe_r1
+from rlworkbench.recipes import rif as rif_module
+from rlworkbench.recipes.observe_r1 import neuraladder, observe_r1, shortest_right
 from rlworkbench.recipes.rif import rif
 from rlworkbench.recipes.route_diversity import distances, route_diversity
 from rlworkbench.recipes.slots import Group
@@ -62,6 +64,19 @@ def test_the_filter_leaves_out_what_is_never_solved():
     for first in range(3):
         seen = {p for step in problems(trainer_of(rif, first), 6) for p in step}
         assert seen == {str(first), str((first + 1) % 3)}
+
+
+@pytest.mark.parametrize("least,most,kept", [(1, 8, [11, 12, 13]), (2, 8, [12, 13]), (1, 7, [11, 12]), (0, 0, [10])])
+def test_the_filter_keeps_what_is_solved_as_often_as_it_says(least, most, kept, monkeypatch):
+    monkeypatch.setattr(rif_module, "some_problems", lambda task, n, stream: ([10, 11, 12, 13], ["a", "b", "c", "d"]))
+    monkeypatch.setattr(rif_module, "attempts", lambda *what: (torch.tensor([0, 1, 4, 8]), None))
+    assert rif_module.solvable(least=least, most=most).prepare(None, bandit, None)["order"].tolist() == kept
+
+
+def test_the_bonus_is_for_the_shortest_right_reply_if_it_is_long():
+    step = Step(group=torch.tensor([0, 0, 0, 1, 1, 2]), correct=torch.tensor([1., 1, 0, 1, 0, 0]), length=torch.tensor([6, 4, 2, 3, 9, 9]))
+    step.rewards = {"correct": step.correct}
+    assert (shortest_right(.5, beyond=3)(step) - step.correct).tolist() == [0, .5, 0, 0, 0, 0]
 
 
 @prepared

@@ -269,8 +269,10 @@ def test_refusals():
         step = next(s for s in nodemo.phases() if s.phase == "advantage")
         step.items = [type(i)(i.id, i.prompt, answer=i.answer) for i in step.items]
         nodemo.whatif(grpo.but(name="shown", weight=slot("", needs={"demos"})(lambda s: s.mask)), step=step)
-    with pytest.raises(ValueError, match="the gradient is not finite"):
+    with pytest.raises(ValueError, match="recipe 'nan': the slot weight = <lambda> returned what is not finite, nan at reply 0, token 0"):
         t.whatif(grpo.but(name="nan", weight=lambda s: s.mask * float("nan")))
+    with pytest.raises(ValueError, match="the gradient is not finite"):      # a corner: the value is 0, its slope is none
+        t.whatif(grpo.but(name="corner", penalty=lambda s: (s.logp - s.logp.detach()).abs().sqrt()))
     with pytest.raises(ValueError, match="held after nothing"):
         t.whatif(step=Step(task=bandit, law=LAW.sampling))
 

@@ -31,6 +31,8 @@ def train(
     lr: Annotated[Optional[float], typer.Option(help="learning rate")] = None,
     prompts: Annotated[Optional[int], typer.Option(help="problems per step, P")] = None,
     group: Annotated[Optional[int], typer.Option(help="replies per problem, G")] = None,
+    batches: Annotated[Optional[int], typer.Option(help="minibatches per step; default: what the recipe says")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="passes over them; default: what the recipe says")] = None,
     max_tokens: Annotated[Optional[int], typer.Option(help="longest reply, T")] = None,
     temperature: Annotated[Optional[float], typer.Option(help="of sampling")] = None,
     micro: Annotated[Optional[int], typer.Option(help="sequences per forward pass; saves memory, changes no number")] = None,
@@ -48,10 +50,11 @@ def train(
     as_json: JSON = False,
 ):
     "Train a policy; writes a run folder."
-    from rlworkbench.core.settings import load_settings
+    from rlworkbench.core.settings import load_settings, use_threads
     from rlworkbench.training import job
+    from rlworkbench.training.choices import new_trainer
     from rlworkbench.training.run import Config, Run, read_config
-    given = {k: v for k, v in dict(recipe=recipe, task=task, policy=policy, steps=steps, lr=lr, prompts=prompts, group=group, max_tokens=max_tokens,
+    given = {k: v for k, v in dict(recipe=recipe, task=task, policy=policy, steps=steps, lr=lr, prompts=prompts, group=group, batches=batches, epochs=epochs, max_tokens=max_tokens,
                                    temperature=temperature, micro=micro, seed=seed, reward=reward, record=record, threads=threads,
                                    evaluate=evaluate, lora=lora, device=device, dtype=dtype, checkpointing=checkpointing,
                                    keep=keep).items() if v is not None}
@@ -59,14 +62,14 @@ def train(
     made = replace(read_config(config) if config else Config(seed=ours.seed, threads=ours.threads, device=ours.device), **given)
     folder = out or Path(ours.runs_path) / slug(f"{made.recipe}-{made.task}-{made.seed}")
     Run(folder).free()
-    need = say_need(made, as_json)
+    made = replace(made, threads=str(use_threads(made.threads)))
+    need = say_need(trainer := new_trainer(made), made.steps, as_json)
     if dry:
         return typer.echo(json.dumps(need)) if as_json else None
     with bar(made.steps, as_json) as progress, how_to_go_on(folder):
-        run = job.train(made, folder, watcher(progress))
-    print_result(run, as_json)
+        print_result(job.train(made, folder, watcher(progress), trainer=trainer), as_json)
 
-# %% ../../nbs/cli/01_train.ipynb #c006
+
 def slug(name: str) -> str:
     "A folder's name for a run: of a file only its last part, no options."
     kind, colon, rest = name.partition(":")
@@ -74,14 +77,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{kind}-{Path(rest.partition(',')[0]).name}-{seed}" if colon else name)
 
 
-def say_need(config, as_json: bool) -> dict:
+def say_need(trainer, steps: int, as_json: bool) -> dict:
     "Say what a run will need, before it starts."
-    from rlworkbench.core.settings import use_threads
-    from rlworkbench.training.choices import new_trainer
     from rlworkbench.training.estimate import estimate
-    use_threads(config.threads)
-    need = estimate(new_trainer(config), config.steps)
-    say(f"{config.steps} steps need about {need['cpu_seconds']:.2g} CPU seconds and {need['megabytes']} MB; evaluations come on top", as_json)
+    need = estimate(trainer, steps)
+    say(f"{steps} steps need about {need['cpu_seconds']:.2g} CPU seconds and {need['megabytes']} MB; evaluations come on top", as_json)
     return need
 
 
@@ -102,7 +102,7 @@ def how_to_go_on(folder):
         typer.echo(f"rlworkbench: interrupted; go on with: rlworkbench resume {folder}", err=True)
         raise SystemExit(130) from None
 
-# %% ../../nbs/cli/01_train.ipynb #c007
+# %% ../../nbs/cli/01_train.ipynb #c006
 @app.command()
 def fork(
     run: Annotated[Path, typer.Argument(help="a run folder")],
@@ -146,7 +146,7 @@ def print_result(run, as_json: bool):
     if as_json:
         typer.echo(json.dumps({"run": str(run.folder), "steps": len(run.metrics), "result": result, "stopped": run.read("stopped.json")}))
 
-# %% ../../nbs/cli/01_train.ipynb #c009
+# %% ../../nbs/cli/01_train.ipynb #c008
 @app.command("eval")
 def evaluate_command(
     policy: Annotated[str, typer.Argument(help="a policy's name, a folder or a run")],
@@ -185,7 +185,7 @@ def report(
     from rlworkbench.training.run import Run
     say(f"report: {write_report(Run.open(run), html)}")
 
-# %% ../../nbs/cli/01_train.ipynb #c011
+# %% ../../nbs/cli/01_train.ipynb #c010
 def make_room(
     folder: Path,   # to be written
     force: bool,    # replace a policy that is there
@@ -201,7 +201,7 @@ def make_room(
     if not os.access(folder.parent, os.W_OK):
         raise ValueError(f"{folder} can't be written: {folder.parent} is not yours to write to")
 
-# %% ../../nbs/cli/01_train.ipynb #c012
+# %% ../../nbs/cli/01_train.ipynb #c011
 @app.command()
 def build(
     variant: Annotated[str, typer.Argument(help="tiny; a base policy of a bed: micro-verbose, micro-synonyms, micro-routes, micro-kk; smollm2")],
@@ -232,7 +232,7 @@ def build(
     if as_json:
         typer.echo(json.dumps(card))
 
-# %% ../../nbs/cli/01_train.ipynb #c014
+# %% ../../nbs/cli/01_train.ipynb #c013
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="training steps")] = 30,

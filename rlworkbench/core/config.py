@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../../nbs/core/13_config.ipynb #c004
 FORMAT = 2      # of the run folder; a newer one is refused, an older one opens
 KINDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-LEAST = {"steps": 1, "prompts": 1, "group": 1, "max_tokens": 1, "micro": 1, "evaluate": 0, "checkpoint": 0, "keep": 0, "lora": 0}
+LEAST = {"steps": 1, "prompts": 1, "group": 1, "batches": 1, "epochs": 1, "max_tokens": 1, "micro": 1, "seed": 0, "evaluate": 0, "checkpoint": 0, "keep": 0, "lora": 0}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Config:
     steps: int = 20
     prompts: int = 24            # P
     group: int = 8               # G
+    batches: int = None          # minibatches per rollout batch; None: what the recipe says
+    epochs: int = None           # passes over them; None: what the recipe says
     max_tokens: int = None       # T; None: what the task says
     temperature: float = 1.0
     lr: float = 3e-5
@@ -53,6 +55,8 @@ class Config:
                 continue
             if not of_kind(value, f.type) or (least is not None and value < least):
                 raise ValueError(f"{f.name} must be {KINDS[f.type]}{'' if least is None else f', {least} or more'}, got {value!r}")
+        if self.batches and self.prompts % self.batches:
+            raise ValueError(f"batches must divide prompts, got {self.batches} minibatches of {self.prompts} problems; groups are never split")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr!r}")
         if self.record not in ("small", "full"):

@@ -17,7 +17,9 @@ def derive(
     seed: int,  # the run's seed
     *names,     # what the stream is for: strings and numbers
 ) -> int:       # a 63-bit seed
-    "A seed for one named stream: the same inputs give the same number on every machine."
+    "A seed for one named stream: the same inputs give the same number on every machine. Raises ValueError for a negative seed."
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     key = "/".join(map(str, (seed, *names))).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 

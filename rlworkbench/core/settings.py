@@ -37,7 +37,7 @@ def find_settings(
 def load_settings(
     start=".",   # folder to begin the search in
 ) -> Settings:   # built-in defaults, overlaid with the file's keys
-    "The settings in force in a folder. Raises ValueError for an unknown key or a seed that is no integer."
+    "The settings in force in a folder. Raises ValueError for an unknown key or a seed that is no whole number."
     file = find_settings(start)
     if file is None:
         return Settings()
@@ -52,8 +52,8 @@ def load_settings(
         raise ValueError(f"{file}: unknown key {sorted(unknown)[0]!r} in [workbench]; keys are {', '.join(sorted(known))}")
     if empty := [k for k, v in found.items() if not v]:
         raise ValueError(f"{file}: {empty[0]} has no value")
-    if not found.get("seed", "0").lstrip("-").isdigit():
-        raise ValueError(f"{file}: seed must be a whole number, got {found['seed']!r}")
+    if not (found.get("seed", "0").isascii() and found.get("seed", "0").isdigit()):
+        raise ValueError(f"{file}: seed must be a whole number, 0 or more, got {found['seed']!r}")
     return Settings(**found | ({"seed": int(found["seed"])} if "seed" in found else {}))
 
 # %% ../../nbs/core/00_settings.ipynb #c010

@@ -48,6 +48,7 @@ class Policy:
     pad: int = 0              # what fills the columns after it
     banned: tuple = ()        # tokens that must never be sampled: image placeholders and the like
     vocabulary: int = 0       # V
+    sees: bool = True         # may it be shown pictures?
     apart: str = ""           # why a prompt can't be run once for several replies; empty: it can
 
     def encode(self, items: list, image: str = "own") -> Prompts:

@@ -39,7 +39,7 @@ def difficulty(
     return 1 - share[step.group]
 
 # %% ../../nbs/recipes/15_apo_viewr1.ipynb #c013
-@slot("β · w_i · k3(logp, ref); w = 1 - exp(-steepness·(1-d)) where A > 0 and 0 < d < 1, else 1", needs={"group", "ref"})
+@slot("β · w_i · k3(logp, ref); w = 1 - exp(-steepness·(1-d)) where A > 0 and 0 < d < 1, else 1", needs={"group", "ref"}, limits={"beta": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class dads(Spec):
     "Difficulty-adaptive divergence shaping: a penalty that lets go of successes on hard problems."
@@ -56,7 +56,7 @@ class dads(Spec):
         return self.beta * self.leash(step) * kl_estimate(step.logp, need(step, "ref"), "k3")
 
 # %% ../../nbs/recipes/15_apo_viewr1.ipynb #c020
-@slot("A_i · m_i; m = 2 - b^(-δ), δ = max(0, |o_i| - mean right length) if wrong, b = base^(full/L_max)", needs={"group"})
+@slot("A_i · m_i; m = 2 - b^(-δ), δ = max(0, |o_i| - mean right length) if wrong, b = base^(full/L_max)", needs={"group"}, limits={"base": "[1, inf)"})
 @dataclass(frozen=True, repr=False)
 class stcr(Spec):
     "Suboptimal trajectory complexity regularisation: GRPO's advantage, larger for wrong replies that are longer than the right ones."

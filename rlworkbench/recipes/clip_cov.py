@@ -25,7 +25,7 @@ def covariance(
     return step.mask * (logp - masked_mean(logp, step.mask)) * (A - masked_mean(A, step.mask))
 
 # %% ../../nbs/recipes/13_clip_cov.ipynb #c012
-@slot("[not drawn from low < Cov < high]")
+@slot("[not drawn from low < Cov < high]", limits={"share": "[0, 1]"})
 @dataclass(frozen=True, repr=False)
 class clip_covariance(Spec):
     "0 for a few random tokens whose covariance lies in a band, else 1."

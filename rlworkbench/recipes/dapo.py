@@ -15,7 +15,7 @@ from .grpo import grpo
 from .slots import Spec, clipped, slot, token_mean
 
 # %% ../../nbs/recipes/07_dapo.ipynb #c008
-@slot("0 < #right < G", needs={"group"})
+@slot("0 < #right < G", needs={"group"}, limits={"refill": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class mixed_groups(Spec):
     "Keep groups whose verdicts differ."
@@ -26,7 +26,7 @@ class mixed_groups(Spec):
         return group_mean(away, step.group) > 1e-6
 
 # %% ../../nbs/recipes/07_dapo.ipynb #c011
-@slot("min(0, ((L_max - buffer) - |o|) / buffer)")
+@slot("min(0, ((L_max - buffer) - |o|) / buffer)", limits={"buffer_share": "(0, 1]"})
 @dataclass(frozen=True, repr=False)
 class soft_overlong(Spec):
     "A part of the reward: 0 up to the buffer before the cut-off, then down to -1."

@@ -14,7 +14,7 @@ from .dapo import dapo
 from .slots import Spec, slot, whole
 
 # %% ../../nbs/recipes/10_entropy20.ipynb #c007
-@slot("[H ≥ quantile_{1-ρ}(H)]", needs={"entropy"})
+@slot("[H ≥ quantile_{1-ρ}(H)]", needs={"entropy"}, limits={"share": "(0, 1]"})
 @dataclass(frozen=True, repr=False)
 class top_entropy(Spec):
     "1 for the share of tokens with the highest entropy in the minibatch, else 0."

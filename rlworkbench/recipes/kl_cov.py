@@ -21,7 +21,7 @@ def unclipped(step: Step):
     return -spread(step.advantage, step) * step.ratio
 
 
-@slot("β·|logp - old| where Rank(Cov) ≤ k·N")
+@slot("β·|logp - old| where Rank(Cov) ≤ k·N", limits={"share": "[0, 1]", "beta": "[0, inf)", "tiny": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class kl_covariance(Spec):
     "A penalty for leaving the sampling policy, for the tokens with the highest covariance."

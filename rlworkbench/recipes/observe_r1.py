@@ -36,7 +36,7 @@ class observe_format(Spec):
         return {"format": self.value * step.mask.new_tensor([observes(t) for t in step.text])}
 
 # %% ../../nbs/recipes/17_observe_r1.ipynb #c011
-@slot("Σ parts + bonus for the shortest right reply of a group, if it has more than `beyond` tokens", needs={"group"})
+@slot("Σ parts + bonus for the shortest right reply of a group, if it has more than `beyond` tokens", needs={"group"}, limits={"beyond": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class shortest_right(Spec):
     "The sum of the parts, and a bonus for one right reply of each group."
@@ -52,7 +52,7 @@ class shortest_right(Spec):
         return reward
 
 # %% ../../nbs/recipes/17_observe_r1.ipynb #c020
-@slot("4σ·p(1-p) · (R - mean_g R) / (std_g R + 1e-9), p = share of right replies", needs={"group"})
+@slot("4σ·p(1-p) · (R - mean_g R) / (std_g R + 1e-9), p = share of right replies", needs={"group"}, limits={"sigma": "(0, inf)"})
 @dataclass(frozen=True, repr=False)
 class middling(Spec):
     "GRPO's advantage, weighted by how undecided the group is."
@@ -63,7 +63,7 @@ class middling(Spec):
         return 4 * self.sigma * p * (1 - p) * (step.reward - group_mean(step.reward, step.group)) / (group_std(step.reward, step.group) + 1e-9)
 
 # %% ../../nbs/recipes/17_observe_r1.ipynb #c027
-@slot("from easy to hard, from short to long, smoothed over neighbouring levels")
+@slot("from easy to hard, from short to long, smoothed over neighbouring levels", limits={"samples": "[1, inf)", "problems": "[1, inf)"})
 @dataclass(frozen=True, repr=False)
 class neuraladder(Prepared, Spec):
     "The order that the policy's own attempts suggest."

@@ -16,7 +16,7 @@ from .recipe import Recipe
 from .slots import Spec, kl_estimate, slot, spread, token_mean, total
 
 # %% ../../nbs/recipes/04_reinforce_pp.ipynb #c007
-@slot("r_t = [t last]·Σ_k part_k - β·(old_t - ref_t)", needs={"ref"})
+@slot("r_t = [t last]·Σ_k part_k - β·(old_t - ref_t)", needs={"ref"}, limits={"beta": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class outcome_minus_kl(Spec):
     "The outcome at the last token, minus what each token pays for leaving the reference."
@@ -38,7 +38,7 @@ def whiten(
     return away * mask * torch.rsqrt(variance + 1e-8)
 
 
-@slot("A_t = whiten(Σ_{s≥t} γ^{s-t} r_s)")
+@slot("A_t = whiten(Σ_{s≥t} γ^{s-t} r_s)", limits={"gamma": "[0, 1]"})
 @dataclass(frozen=True, repr=False)
 class whitened_returns(Spec):
     "Discounted return of each token, whitened over the batch. Raises ValueError where the reward is one number per reply."

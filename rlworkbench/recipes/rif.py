@@ -16,7 +16,8 @@ from .grpo import grpo
 from .slots import Spec, shuffled, slot
 
 # %% ../../nbs/recipes/18_rif.ipynb #c013
-@slot("shuffled, of the problems with least ≤ #right of K ≤ most")
+@slot("shuffled, of the problems with least ≤ #right of K ≤ most",
+      limits={"samples": "[1, inf)", "least": "[0, inf)", "most": "[0, inf)", "problems": "[1, inf)"})
 @dataclass(frozen=True, repr=False)
 class solvable(Prepared, Spec):
     "Only problems that the first policy solves sometimes; the threshold is a reconstruction."

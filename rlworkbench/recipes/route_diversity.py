@@ -43,7 +43,7 @@ def route_entropy(ways: list) -> float:
     return sum(n / sum(counts) * math.log(sum(counts) / n) for n in counts)
 
 # %% ../../nbs/recipes/19_route_diversity.ipynb #c013
-@slot("(1-u)·mean_j (1 - cos(e_i, e_j)) + u·[route_i unique]", needs={"group", "route"})
+@slot("(1-u)·mean_j (1 - cos(e_i, e_j)) + u·[route_i unique]", needs={"group", "route"}, limits={"unique": "[0, 1]"})
 @dataclass(frozen=True, repr=False)
 class route_distance(Spec):
     "A part of the reward: how far a reply's route is from those of its group. The task must say which route a reply took."
@@ -60,7 +60,7 @@ class route_distance(Spec):
         return {"diversity": far}
 
 
-@slot("Σ other parts + λ(t)·[right]·diversity, λ from start to end along a cosine")
+@slot("Σ other parts + λ(t)·[right]·diversity, λ from start to end along a cosine", limits={"start": "[0, inf)", "end": "[0, inf)"})
 @dataclass(frozen=True, repr=False)
 class diverse_if_right(Spec):
     "The sum of the parts, of which diversity counts for right replies, and less and less."

@@ -41,7 +41,7 @@ def least(
     return out
 
 # %% ../../nbs/recipes/12_stapo.ipynb #c017
-@slot("[not (A > 0 and π < τ_p and H < τ_h)]", needs={"entropy"})
+@slot("[not (A > 0 and π < τ_p and H < τ_h)]", needs={"entropy"}, limits={"tau_p": "[0, 1]", "quantile": "[0, 1]"})
 @dataclass(frozen=True, repr=False)
 class silence(Spec):
     "0 at rare tokens of low entropy in rewarded replies, else 1; `by` other than both: as many tokens, chosen otherwise."
@@ -51,6 +51,7 @@ class silence(Spec):
     by: str = "both"         # controls: least "probability", least "entropy", "random"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.over not in ("rare", "all") or self.by not in ("both", "probability", "entropy", "random"):
             raise ValueError(f"over must be rare or all, by both, probability, entropy or random; got over={self.over!r}, by={self.by!r}")
 

@@ -40,7 +40,8 @@ def trust(
     return torch.where((share > 0) & (share < 1), gap.clamp(max=0).exp(), torch.ones_like(gap))
 
 # %% ../../nbs/recipes/16_trust_grpo.ipynb #c017
-@slot("R^o + γ·α·exp(-step/T)·R^t; γ = min(1, exp(mean R^t of right - mean R^t of wrong replies))", needs={"group"})
+@slot("R^o + γ·α·exp(-step/T)·R^t; γ = min(1, exp(mean R^t of right - mean R^t of wrong replies))", needs={"group"},
+      limits={"alpha": "[0, inf)", "threshold": "[0, 1]", "horizon": "(0, inf]"})
 @dataclass(frozen=True, repr=False)
 class trusted(Spec):
     "The outcome plus what the judge says, as far as it can be trusted here and now."

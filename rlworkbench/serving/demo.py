@@ -26,8 +26,9 @@ IMITATION_LR = 3e-4     # of 3e-5, 1e-4 and 3e-4; the last two are the best for 
 
 def arm(name: str, steps: int, seed: int, cpu: float = 0.0) -> dict:
     "The config of an arm."
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more, got {steps}")
+    for what, value, least in (("steps", steps, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{what} must be {least} or more, got {value}")
     common = {"policy": "tiny", "seed": seed, "threads": "1", "evaluate": 300, "prompts": 24, "group": 8}
     return common | {"grpo": {"recipe": "grpo", "task": "digits-sum", "steps": steps},
                      "coin": {"recipe": "grpo", "task": "digits-sum", "steps": steps, "reward": "coin"},

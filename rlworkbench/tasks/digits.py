@@ -169,6 +169,25 @@ class Digits(Task):
             if equals and all(t.isdigit() for t in (*terms, result)) and sum(map(int, terms)) != int(result):
                 return f"The step {step} does not add up."
 
+    def steps(self, item: Item, text: str) -> list:
+        "The segments of a chain and whether each is right; in a sum, given what stands before it: [(segment, right), ...]."
+        said, due = (answer_of(text, "think") or "").split(";"), item.meta["think"].split(";")
+        if self.kind != "sum":
+            return [(s, k < len(due) and s == due[k]) for k, s in enumerate(said)]
+        d, out = item.meta["digits"], []
+        before = d[0]
+        for k, s in enumerate(said, 1):
+            out.append((s, k < len(d) and s == f"{before}+{d[k]}={before + d[k]}"))
+            result = s.rpartition("=")[2]
+            before = int(result) if result.isdecimal() else before
+        return out
+
+    def route(self, item: Item, text: str):
+        "The order in which a sum's digits are added, as terms; None where others are added, or nothing is."
+        terms = [s.partition("=")[0] for s in (answer_of(text, "think") or "").split(";")]
+        added = [*terms[0].split("+"), *(t.rpartition("+")[2] for t in terms[1:])]
+        return tuple(terms) if self.kind == "sum" and sorted(added) == sorted(map(str, item.meta["digits"])) else None
+
 
 @cache
 def _items(task: Digits, split: str) -> Drawn:

@@ -27,6 +27,9 @@ class Mixture(Task):
     def items(self, split="train"):
         return _items(self, split)
 
+    def outline(self, split="train"):
+        return (row for task, _ in self.parts for row in task.outline(split))
+
     def origin(self, item: Item) -> Task:
         "The task that an item came from."
         return next(t for t, _ in self.parts if item.id.startswith(t.name + "/"))

@@ -70,6 +70,7 @@ class Own(Task):
     stem: str = ""
     hash: str = ""
     rows: dict = field(default_factory=dict, compare=False, repr=False)    # {split: Drawn}
+    about: dict = field(default_factory=dict, compare=False, repr=False)   # {split: rows of outline}
 
     @property
     def digest(self):
@@ -84,6 +85,9 @@ class Own(Task):
             there = ", ".join(f"{s} {len(self.rows[s])}" for s in SPLITS)
             raise ValueError(f"{self.name} has no problem in its split {split!r} ({there}); a column `split` says where each row belongs")
         return self.rows[split]
+
+    def outline(self, split="train"):
+        return self.about[split]
 
     def answer(self, text):
         return self.form.find(text)
@@ -120,9 +124,10 @@ def open_own(
         raise ValueError(first_fault(kind, str(rows.path), rest, sorted(rows.faults, key=lambda f: int(f[0].partition(" ")[2] or 0))))
     stem, parts = rows.path.stem, divide(problems)
     drawn = {s: Drawn(lambda k, part=part: part[k].item(stem, options.suffix), len(part), keep=64) for s, part in parts.items()}
+    about = {s: [(f"{rows.path}, {rows.unit} {p.number}", len(p.pictures), bool(p.demo)) for p in part] for s, part in parts.items()}
     outside = [p.hash for q in problems for p in q.pictures]
     return Own(f"{kind}:{rest}", f"{len(problems)} problems from {rows.path.name}", options.max_tokens, extraction(options.extract), options.suffix, stem,
-               digest_of(rows.files, outside), drawn)
+               digest_of(rows.files, outside), drawn, about)
 
 
 OWN = {kind: TaskSource(f"{kind}:", partial(open_own, kind), doc, partial(faults, kind)) for kind, doc in (

@@ -80,6 +80,12 @@ class Task:
         "The items of a split, the same ones each time."
         raise ValueError(f"task {self.name!r} does not say where its items come from")
 
+    def outline(self, split: str = "train"):
+        "(where it stands, how many pictures, is there a demonstration?) of each item; of those made on demand, of the first sixteen."
+        items = self.items(split)
+        for item in islice(iter(items), None if isinstance(items, list | tuple) else 16):
+            yield f"item {item.id}", len(item.images), bool(item.demo)
+
     def answer(self, text: str):
         "The answer a reply commits to, or None: then the reply is badly formed."
         return answer_of(text)

@@ -9,7 +9,7 @@ __all__ = ['recorded', 'train', 'told', 'gone_if_empty', 'work', 'trainer_at', '
 # %% ../../nbs/training/09_job.ipynb #c002
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,18 +36,19 @@ def recorded(config: Config, number: int) -> bool:
     "Is this step written down token by token? Small: the first, the last and every tenth."
     return config.record == "full" or number in (1, config.steps) or number % 10 == 0
 
-# %% ../../nbs/training/09_job.ipynb #c005
+
 def train(
     config: Config,
     out,                # the run folder to be
     watch=None,         # called with (Run, Step) after each training step
     before: bool=True,  # evaluate before training, too
+    trainer=None,       # of this very config, before its first step; None: made here
 ) -> Run:
     "Run a config. Raises ValueError before anything is written if it can't work."
     if config.parent:
         raise ValueError(f"this config is of a fork of {config.parent}; rlworkbench fork makes such a run")
     config = located(replace(config, threads=str(use_threads(config.threads))))
-    trainer = new_trainer(config)
+    trainer = trainer or new_trainer(config)
     run = Run.create(out, config, digests(config, trainer.task))
     with run.locked(), told(run), gone_if_empty(run):
         if before:
@@ -55,7 +56,7 @@ def train(
         work(run, trainer, config, config.steps, watch)
     return run
 
-# %% ../../nbs/training/09_job.ipynb #c007
+# %% ../../nbs/training/09_job.ipynb #c006
 @contextmanager
 def told(run: Run):
     "A full disk, a folder that went away: one sentence with the way to go on. What was written stays whole."
@@ -107,10 +108,11 @@ def work(run: Run, trainer: Trainer, config: Config, steps: int, watch=None):
     run.save(trainer, config.keep)
     finish(run, trainer, config)
 
-# %% ../../nbs/training/09_job.ipynb #c009
+# %% ../../nbs/training/09_job.ipynb #c008
 def trainer_at(
     run: Run,
     at: int,      # a step of the run
+    watch=lambda: None,  # called after each step that is made again
 ) -> Trainer:     # as it was after that step
     "The trainer of a run after a step, from the last checkpoint before it and a replay. Raises ValueError if the user's files have changed."
     config = run.config
@@ -123,15 +125,14 @@ def trainer_at(
         put_checkpoint(trainer, older[-1])
     elif config.parent:
         folder, step = parent_of(config)
-        hand_over(trainer_at(Run.open(folder), step), trainer)
+        hand_over(trainer_at(Run.open(folder), step, watch), trainer)
     while trainer.done < at:
-        try:
+        with suppress(StopRun):
             trainer.step()
-        except StopRun:
-            pass
+        watch()
     return trainer
 
-# %% ../../nbs/training/09_job.ipynb #c010
+
 def parent_of(config: Config) -> tuple:
     "The folder and the step that a fork began with; of any other run nothing and 0."
     folder, _, step = (config.parent or "@0").rpartition("@")
@@ -160,7 +161,7 @@ def put_adapter(policy, weights: dict):
     check_adapter(policy, weights)
     set_peft_model_state_dict(policy.adapter, weights)
 
-# %% ../../nbs/training/09_job.ipynb #c011
+# %% ../../nbs/training/09_job.ipynb #c009
 @patch(cls_method=True)
 def fork(cls: Trainer,
     run: Run,
@@ -177,7 +178,7 @@ def fork(cls: Trainer,
     hand_over(trainer_at(run, at), trainer)
     return trainer
 
-# %% ../../nbs/training/09_job.ipynb #c012
+# %% ../../nbs/training/09_job.ipynb #c010
 def resume(
     folder,       # of a run
     steps=None,   # in all; None: what the config says
@@ -225,7 +226,7 @@ def fork_run(
         work(run, trainer, config, config.steps, watch)
     return run
 
-# %% ../../nbs/training/09_job.ipynb #c013
+# %% ../../nbs/training/09_job.ipynb #c011
 def look(trainer: Trainer, config: Config) -> dict:
     "Held-out accuracy and the greedy replies to eight held-out problems; nothing if the config asks for none."
     if not config.evaluate:

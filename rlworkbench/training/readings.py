@@ -17,6 +17,7 @@ from ..recipes.recipe import Recipe, Term
 from ..recipes.slots import label, score_replies
 from ..rollouts.parts import check_parts
 from ..rollouts.sampling import Sampling
+from .collect import rewarded
 from .loss import COLUMNS, check, checked, losses, prepare
 from .supply import rescore
 
@@ -90,11 +91,11 @@ def judge(
     "Rewards, what is kept, advantages."
     step, changed = replace(step), lambda *names: any(getattr(recipe, n) != getattr(own, n) for n in names)
     if changed("rewards"):
-        step.rewards = {k: v for part in recipe.rewards for k, v in part(step).items()}
+        step.rewards = rewarded(recipe, step)
         check_parts(step)
     if changed("rewards", "shape"):
-        step.reward = recipe.shape(step)
-    step.keep = recipe.keep(step) if changed("rewards", "shape", "keep") else torch.ones(len(step), dtype=torch.bool)
+        step.reward = checked(recipe.shape(step), "shape", recipe, step)
+    step.keep = checked(recipe.keep(step), "keep", recipe, step) if changed("rewards", "shape", "keep") else torch.ones(len(step), dtype=torch.bool)
     batch = take(step, step.keep)
     if len(batch) and changed("rewards", "shape", "keep", "advantage"):
         batch.advantage = checked(recipe.advantage(batch), "advantage", recipe, batch)

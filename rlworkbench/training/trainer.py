@@ -20,7 +20,7 @@ from ..tasks.task import Task
 from .checkpoint import restore, state_of
 from .collect import collect_replies, fetch, validation_gradient
 from .health import EntropyAlarm, KLAlarm, StopRun, update_health
-from .loss import COLUMNS, check, losses, minibatches, prepare, specs, surround
+from .loss import COLUMNS, check, check_items, checked_gradient, losses, minibatches, prepare, specs, surround
 
 # %% ../../nbs/training/05_trainer.ipynb #c005
 class Trainer:
@@ -47,8 +47,10 @@ class Trainer:
         watchers=None,         # called with the Step after each phase; None: the two alarms
     ):
         check(recipe, task, prompts, group)
-        if steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {steps}")
+        for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        check_items(recipe, task, policy)
         self.policy, self.task, self.recipe, self.size, self.micro, self.seed = policy, task, recipe, (prompts, group), micro, seed
         self.clip, self.health, self.tau, self.every, self.steps = clip, health, tau, every, steps
         self.pool, self.done, self.drawn = task.items("train"), 0, 0
@@ -188,7 +190,7 @@ def shape_gradient(self: Trainer, step: Step):
     "The gradient slot, then clipping."
     if "validation" in self.recipe.needs and self.done % self.every == 0:
         step.grads["validation"] = validation_gradient(self)
-    final = self.recipe.gradient(step.grads, step) if step.grads else {}
+    final = checked_gradient(self.recipe.gradient(step.grads, step), self.recipe, self.policy.parameters()) if step.grads else {}
     norm = torch.nn.utils.get_total_norm(list(final.values())) if final else torch.zeros(())
     scale = min(1.0, self.clip / (float(norm) + 1e-6))
     for name, p in self.policy.parameters().items():

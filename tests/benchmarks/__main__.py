@@ -87,6 +87,51 @@ def scoring(image=48, words=82, prompts=8, group=8, tokens=32) -> dict:
     return in_turn(lambda: run(True), lambda: run(False)) | {"gradient_error": error, "prompt_tokens": len(encoded.ids[0])}
 
 
+HEAD = """
+import resource, sys, time, torch
+torch.set_num_threads(1)
+torch.manual_seed(0)
+head = torch.nn.Linear(128, 49152, bias=False)
+hidden, ids = torch.randn(2048, 128, requires_grad=True), torch.randint(0, 49152, (2048,))
+def ours():
+    from rlworkbench.rollouts.sampling import token_stats
+    return token_stats(head, hidden, ids, vocabulary=49152)[:2]
+def trl():
+    from trl.kernels import ChunkedLogProbFunction
+    return ChunkedLogProbFunction.apply(hidden, head.weight, None, ids, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+def plain():
+    logp = head(hidden).log_softmax(-1)
+    return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
+way, spent = globals()[sys.argv[1]], []
+for _ in range(3):
+    hidden.grad = head.weight.grad = None
+    start = time.process_time()
+    logp, entropy = way()
+    logp.sum().backward()
+    spent.append(time.process_time() - start)
+print(min(spent), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, float(logp.sum()), float(entropy.sum()), float(hidden.grad.norm()), float(head.weight.grad.norm()))
+"""
+HEAD_IDLE = HEAD.split("def ours")[0] + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+
+
+def head(repeats=3) -> dict:
+    "Log-prob and entropy of 2,048 tokens of 49,152, forward and backward: ours, TRL's chunks, a plain log-softmax. Each in a process of its own, in turn; best of three within it."
+    def ask(code, way):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, check=True)
+        return [float(x) for x in done.stdout.split()]
+    idle = ask("import trl.kernels, rlworkbench.rollouts.sampling\n" + HEAD_IDLE, "idle")[0]
+    ways = ("ours", "trl", "plain")
+    told = {way: [] for way in ways}
+    for k in range(repeats):
+        for way in ways if k % 2 == 0 else ways[::-1]:
+            told[way].append(ask("import trl.kernels\n" + HEAD, way))
+    middle = {way: [statistics.median(column) for column in zip(*rows)] for way, rows in told.items()}
+    off = max(abs(a / b - 1) for way in ("trl", "plain") for a, b in zip(middle["ours"][2:], middle[way][2:]))
+    return {"cpu_seconds": {w: m[0] for w, m in middle.items()}, "megabytes": {w: m[1] - idle for w, m in middle.items()}, "apart": off,
+            "ratio_trl": middle["trl"][0] / middle["ours"][0], "ratio_plain": middle["plain"][0] / middle["ours"][0],
+            "memory_share_of_trl": (middle["ours"][1] - idle) / (middle["trl"][1] - idle), "repeats": repeats}
+
+
 def health() -> dict:
     "A training step with its health columns and without; the weights afterwards."
     def trainer(on):
@@ -183,7 +228,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
-    "scoring, 128 prompt tokens": scoring, "health": health, "whatif": whatif, "startup": startup,
+    "scoring, 128 prompt tokens": scoring, "health": health, "head": head, "whatif": whatif, "startup": startup,
     "recording": recording, "run folders": folders,
     "plateau of imitation": plateau,
 }
