@@ -71,7 +71,7 @@ def area(
 
 # %% ../../nbs/diagnostics/12_calibration.ipynb #c012
 SIGNALS = {   # name: what it is; higher should mean right
-    "answer confidence": "probability of the answer's tokens, multiplied", "answer log-prob": "mean log-prob of the answer's tokens",
+    "answer product": "probability of the answer's tokens, multiplied", "answer log-prob": "mean log-prob of the answer's tokens",
     "answer certainty": "minus the mean entropy at the answer's tokens", "reply log-prob": "mean log-prob of all tokens",
     "reply certainty": "minus the mean entropy of all tokens", "brevity": "minus the number of tokens: the trivial one"}
 
@@ -84,7 +84,7 @@ def signals(
     t = tokens.assign(at=tokens["segment"].eq("answer") if "segment" in tokens else False, entropy=tokens["entropy"] if "entropy" in tokens else float("nan"))
     t["at"] = t["at"] | ~t.groupby(keys)["at"].transform("any")
     answer, whole = t[t["at"]].groupby(keys), t.groupby(keys)
-    out = pd.DataFrame({"correct": whole["correct"].first().astype(float), "answer confidence": answer["old"].sum().clip(upper=0).map(math.exp), "answer log-prob": answer["old"].mean(),
+    out = pd.DataFrame({"correct": whole["correct"].first().astype(float), "answer product": answer["old"].sum().clip(upper=0).map(math.exp), "answer log-prob": answer["old"].mean(),
                         "answer certainty": -answer["entropy"].mean(), "reply log-prob": whole["old"].mean(), "reply certainty": -whole["entropy"].mean(),
                         "brevity": -whole.size()})
     out = out.reset_index()
@@ -96,8 +96,8 @@ def signals(
 def measure_calibration(tokens: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     "Confidence in the answer against accuracy."
     replies = signals(tokens)
-    table = reliability(replies["answer confidence"], replies["correct"], bins)
-    return table.assign(ece=ece(replies["answer confidence"], replies["correct"], bins), by_chance=ece_by_chance(replies["answer confidence"], bins))
+    table = reliability(replies["answer product"], replies["correct"], bins)
+    return table.assign(ece=ece(replies["answer product"], replies["correct"], bins), by_chance=ece_by_chance(replies["answer product"], bins))
 
 
 def draw_calibration(table: pd.DataFrame):
@@ -124,12 +124,12 @@ def measure_alignment(tokens: pd.DataFrame) -> pd.DataFrame:
 
 alignment = Probe(
     "uncertainty", "which of a policy's own numbers tells right replies from wrong ones?", "tokens", measure_alignment,
-    lambda t: bars_svg((t["area"] - .5).tolist(), t["signal"].tolist(), "Above a coin", y_title="area under the curve − 0.5"),
+    lambda t: bars_svg((t["area"] - .5).tolist(), t["signal"].tolist(), "Above a coin", y_title="area under the curve − 0.5", width=860),
     {"signal": "one of SIGNALS; higher should mean right", "area": "chance that a right reply has the higher value, 0 to 1", "low": "95 % interval", "high": "95 % interval", "right": "replies", "wrong": "replies"},
     "Compare everything with brevity: a signal that tells no more than the length does has learned the length. A bar below zero warns that certainty goes with being wrong.",
     needs=("correct", "old"), paper="arXiv:2505.23646, section 4")
 
-# %% ../../nbs/diagnostics/12_calibration.ipynb #c021
+# %% ../../nbs/diagnostics/12_calibration.ipynb #c023
 def random_groups(
     options: int,               # K
     size: int,                  # m
@@ -160,7 +160,7 @@ def self_ensemble(
     mean = total / times
     return mean / mean.sum()
 
-# %% ../../nbs/diagnostics/12_calibration.ipynb #c025
+# %% ../../nbs/diagnostics/12_calibration.ipynb #c027
 @torch.no_grad()
 def choice_logits(
     policy: Policy,
