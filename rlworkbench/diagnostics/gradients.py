@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 
 from ..core.step import SEGMENTS, take
-from ..policies.heads import PROJECTIONS, projections
+from ..policies.heads import projections
 from ..policies.policy import Policy
 from ..rollouts.scorer import score
 from ..show.curves import curves_svg
-from .probe import Probe, Scene, replies_as_step
+from .probe import Probe, Scene
 
 # %% ../../nbs/diagnostics/15_gradients.ipynb #c005
 def sizes(

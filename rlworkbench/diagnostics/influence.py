@@ -44,8 +44,7 @@ def each_gradient(
     where: str="",
 ):                    # yields one long vector per place
     "The gradient of each token's log-prob at the weights."
-    weights = some_weights(policy, where)
-    rows = sorted({i for i, _ in places})
+    weights, rows = some_weights(policy, where), sorted({i for i, _ in places})
     with torch.enable_grad():
         (_, part), = scored(policy, step, torch.tensor(rows))
         for i, t in places:
@@ -66,11 +65,9 @@ def spread_rows(
     n: int,        # replies
 ) -> list:         # row numbers
     "Replies of as many problems as there are: the first of each, then the second of each."
-    seen, key = {}, []
-    for i, g in enumerate(step.group.tolist()):
-        seen[g] = seen.get(g, -1) + 1
-        key.append((seen[g], i))
-    return sorted(i for _, i in sorted(key)[:n])
+    groups = step.group.tolist()
+    key = sorted((groups[:i].count(g), i) for i, g in enumerate(groups))
+    return sorted(i for _, i in key[:n])
 
 
 def readable(
@@ -90,7 +87,7 @@ def piece_at(policy: Policy, step: Step, i: int, t: int) -> str:
     token = int(step.ids[i, t])
     return "" if token == policy.eos else policy.piece(token)
 
-
+# %% ../../nbs/diagnostics/03_influence.ipynb #c010
 def measure_gradients(
     scene: Scene,
     tokens: int=32,      # at most
@@ -122,7 +119,7 @@ token_gradients = Probe(
     "The two rows nearly agree: where there is room there is gradient. Where they part, the network is steep (a small change of weights moves this token far) or flat.",
     cost="one forward pass, and one backward pass per token of one reply, at most 32; one gradient in memory")
 
-# %% ../../nbs/diagnostics/03_influence.ipynb #c013
+# %% ../../nbs/diagnostics/03_influence.ipynb #c014
 def place_words(policy: Policy, step: Step, i: int, t: int, back: int = 4) -> str:
     "What stands before a token, and the token."
     before = "".join(policy.piece(int(k)) for k in step.ids[i, max(0, t - back):t])
@@ -135,11 +132,9 @@ def most_room(step: Step, room, n: int) -> list:   # of (row, position)
     for k in room.flatten().sort(descending=True, stable=True).indices[:int(step.mask.sum())].tolist():
         i, t = divmod(k, T)
         chosen.setdefault((int(step.group[i]), *step.ids[i, :t + 1].tolist()), (i, t))
-        if len(chosen) == n:
-            break
-    return sorted(chosen.values())
+    return sorted([*chosen.values()][:n])
 
-
+# %% ../../nbs/diagnostics/03_influence.ipynb #c015
 def measure_influence(
     scene: Scene,
     tokens: int=12,     # chosen: those with most room
@@ -159,7 +154,7 @@ def measure_influence(
              "other_words": said[b], "cosine": float(cosine[a, b]), "dot": float(dot[a, b])} for a in range(len(places)) for b in range(len(places))]
     return pd.DataFrame(found)
 
-
+# %% ../../nbs/diagnostics/03_influence.ipynb #c016
 def draw_influence(table: pd.DataFrame, column: str = "cosine") -> Drawing:
     "A table of shades; blue with a line above: they rise together, orange with a line below: one raises what lowers the other."
     about, n = table.drop_duplicates("token").set_index("token"), int(table["token"].max()) + 1
@@ -184,7 +179,7 @@ influence = Probe(
     "The same branch of the same fork stands in blue blocks, the two branches of a fork are orange to each other. A blue pair whose replies have opposite advantages cancels in the update.",
     cost="one forward pass, one backward pass per chosen token, and as many gradients in memory (12 by default)")
 
-# %% ../../nbs/diagnostics/03_influence.ipynb #c020
+# %% ../../nbs/diagnostics/03_influence.ipynb #c023
 def move_for(policy: Policy, step: Step, lr: float, how: str) -> dict:   # {parameter: change}
     "The update that these replies ask for: mean over tokens of advantage times log-prob, upwards."
     if how not in ("adam", "sgd"):
@@ -205,8 +200,7 @@ def measure_trial(
 ) -> pd.DataFrame:
     "Foretold and true change of each token's log-prob under a trial update."
     policy, step = scene.policy, scene.some(replies).step
-    every = torch.arange(len(step))
-    score_all = lambda: log_probs(policy, step, every, every)
+    score_all = lambda: log_probs(policy, step, *2 * (torch.arange(len(step)),))
     logp, parameters = score_all(), policy.parameters()
     move = move_for(policy, step, lr, how)
     first = slope_along(policy, move, logp, score_all)
@@ -217,7 +211,7 @@ def measure_trial(
     return pd.DataFrame({"reply": n.numpy(), "position": t.numpy(), "piece": [piece_at(policy, step, i, k) for i, k in zip(n.tolist(), t.tolist())], "advantage": at(A), "logp": at(logp),
                          "first_order": at(first), "true": at(true)})
 
-
+# %% ../../nbs/diagnostics/03_influence.ipynb #c024
 def draw_trial(table: pd.DataFrame) -> Drawing:
     "True over foretold; on the line they agree."
     x, y = table["first_order"], table["true"]
@@ -227,9 +221,8 @@ def draw_trial(table: pd.DataFrame) -> Drawing:
     out = grid(frame, [*zip(marks, tick_labels(marks))], [*zip(marks, tick_labels(marks))], "foretold change of log-prob, nats")
     out.append(f'<path d="{frame.path([-most, most], [-most, most])}" stroke-dasharray="3 3" {paint(stroke="soft")}/>')
     for a, p, q in zip(table["advantage"], x, y):
-        r, hue = 3.5, "positive" if a > 0 else "negative" if a < 0 else "neutral"
-        shape = f"M{frame.across(p) - r:.1f} {frame.down(q):.1f}h{2 * r}l{-r} {-1.6 * r if a >= 0 else 1.6 * r}z"
-        out.append(f'<path d="{shape}" fill-opacity=".55" {paint(hue)}/>')
+        shape = f"M{frame.across(p) - 3.5:.1f} {frame.down(q):.1f}h7l-3.5 {-5.6 if a >= 0 else 5.6}z"
+        out.append(f'<path d="{shape}" fill-opacity=".55" {paint("positive" if a > 0 else "negative" if a < 0 else "neutral")}/>')
     title = text(f"What was foretold, and what happened: {100 * error:.0f} % apart", 14, 24, more=f'font-weight="600" {paint("ink")}')
     return drawing([*out, title, text("true change, nats", 14, 42), text("▲ praised  ▼ blamed", 438, 70)], 590, 380, "foretold and true changes of log-probs")
 
@@ -240,7 +233,7 @@ trial_update = Probe(
     "Points on the line: the step is small enough for its gradient to mean what it says. Bending away at both ends is too large a step. Praised tokens that fall were outvoted by others.",
     cost="one forward and backward pass of up to 12 replies, and four to ten forward passes")
 
-# %% ../../nbs/diagnostics/03_influence.ipynb #c027
+# %% ../../nbs/diagnostics/03_influence.ipynb #c031
 def foretold(
     trainer: Trainer,
     step: Step=None,    # the replies, as after `advantage`; None: of the step that comes next

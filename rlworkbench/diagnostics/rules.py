@@ -143,11 +143,12 @@ def too_small(log):
 
 
 def leapt(log):
-    "A step that moved the policy far at once."
+    "The first step that moved the policy far at once."
     far = log["kl"].astype(float).diff().to_numpy() if "kl" in log else np.zeros(len(log))
-    k = int(np.nanargmax(np.append(far[1:], 0))) + 1
-    if len(log) < 2 or not far[min(k, len(log) - 1)] > .3:
+    beyond = np.flatnonzero(far > .3)
+    if not len(beyond):
         return None
+    k = int(beyond[0])
     right = f"; right replies {number(log['correct'].iloc[k - 1])} → {number(log['correct'].iloc[k])}"
     return k, f"from step {int(log['step'].iloc[k - 1])} to {int(log['step'].iloc[k])} the policy went {number(far[k])} nats a token further from where it began{right}"
 

@@ -18,18 +18,18 @@ INSEQ = "RLWORKBENCH_INSEQ_PYTHON"  # the python of an environment with inseq 0.
 
 
 def tokenizer(size=512):
-    "One word per number: w0 w1 ..."
+    "One word per number: w000 w001 ..."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    inner = Tokenizer(models.WordLevel({f"w{i:03d}": i for i in range(size)}, unk_token="w000"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w1", bos_token="w2", unk_token="w0",
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w000", eos_token="w001", bos_token="w002", unk_token="w000",
                                    chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 def spelled(ids) -> str:
     "Numbers as the tokenizer reads them."
-    return " ".join(f"w{int(i)}" for i in ids)
+    return " ".join(f"w{int(i):03d}" for i in ids)
 
 
 def model():
