@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'BASELINES', 'METHODS', 'PIECE', 'ROOM', 'Question', 'reply_of', 'tokens_asked', 'ask', 'each_logp', 'reach',
            'baseline_of', 'input_x_gradient', 'integrated_gradients', 'smoothgrad', 'attention_in_the_open', 'rollout',
-           'attribute', 'pulled_back', 'leaves_at_the_door', 'every_token']
+           'attribute', 'pulled_back', 'for_slopes', 'divisible', 'pieces_of', 'every_token']
 
 # %% ../../nbs/diagnostics/04_saliency.ipynb #c002
 import warnings
@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 
 from ..core.seeds import generator
 from ..core.step import SEGMENTS, segment_tokens
 from .probe import Scene
-from ..policies.inside import Inside, at_the_door, frozen, look_inside, needs_a_tower
+from ..policies.cache import recompute
+from ..policies.inside import Inside, frozen, look_inside, needs_a_tower
 from ..policies.policy import Prompts
 from ..rollouts.sampling import shape_logits
 
@@ -247,7 +249,7 @@ def attribute(
     return total, questions
 
 # %% ../../nbs/diagnostics/04_saliency.ipynb #c031
-PIECE, ROOM = 16, 2**20   # tokens of a piece; numbers of one layer's width that a batch of backward passes may hold
+PIECE, ROOM = 32, 2**18   # positions of a piece; numbers of one layer's width that a batch of backward passes may hold
 
 
 def pulled_back(
@@ -262,8 +264,7 @@ def pulled_back(
     logp = shape_logits(policy.logits(last[0]), 1.0, banned).log_softmax(-1).gather(-1, ids[:, None]).sum()
     up, = torch.autograd.grad(logp, last)
     each = torch.diag_embed(up[0].T).permute(1, 2, 0)[:, None]     # (n,1,n,D): token t's gradient in row t, zeros elsewhere
-    wide = sum(x.shape[1] for x in leaves) * getattr(policy.config, "intermediate_size", up.shape[-1])
-    out = []
+    wide, out = max(x.shape[1] for x in leaves) * getattr(policy.config, "intermediate_size", up.shape[-1]), []
     for part in each.split(max(1, ROOM // wide)):
         slopes = torch.autograd.grad(states, leaves, part, retain_graph=True, is_grads_batched=True, allow_unused=True)
         out.append(torch.cat([x.new_zeros(len(part), x.shape[1]) if g is None else (g[:, 0] * x.detach()[0]).sum(-1) for g, x in zip(slopes, leaves)], 1))
@@ -271,18 +272,35 @@ def pulled_back(
 
 # %% ../../nbs/diagnostics/04_saliency.ipynb #c032
 @contextmanager
-def leaves_at_the_door(policy):   # gives the list that fills
-    "Embeddings become the leaves of the graph; weights need no gradient."
-    leaves = []
-
-    def leaf(embeds, given):
-        leaves.append(embeds.detach().requires_grad_())
-        return leaves[-1]
-    with frozen(policy), at_the_door(policy, leaf), torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")   # attention without a batched backward runs row by row
-        yield leaves
+def for_slopes(policy):
+    "Weights need no gradient; a warning of attention that runs row by row on the way back is not passed on."
+    with frozen(policy), torch.enable_grad(), recompute(policy.model, False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
+def divisible(inside: Inside) -> bool:
+    "Can the tower run this sequence in pieces? Only if nothing but positions is handed over besides the embeddings."
+    extra = [v for k, v in inside.given.items() if k != "position_ids" and isinstance(v, torch.Tensor | dict | list | tuple)]
+    return not inside.policy.apart and not any(map(len, extra))
+
+
+def pieces_of(inside: Inside, leaves: list):   # yields (first token that is predicted, states (1,n,D)); fills leaves
+    "The states that predict the reply, piece by piece, and the embeddings they hang on."
+    P, S, policy, position = len(inside.prompt), len(inside.embeds), inside.policy, inside.given.get("position_ids")
+    if not divisible(inside):
+        leaves.append(inside.embeds[None].clone().requires_grad_())
+        yield 0, inside.ahead(inside.states(leaves[0]).last_hidden_state)
+        return
+    past, cuts = DynamicCache(config=policy.config), [*range(0, P - 1, PIECE), *range(P - 1, S, PIECE), S]
+    for a, b in zip(cuts, cuts[1:]):
+        leaves.append(inside.embeds[None, a:b].clone().requires_grad_())
+        at = None if position is None else position[..., a:b]
+        states = policy.tower(inputs_embeds=leaves[-1], position_ids=at, past_key_values=past, use_cache=True).last_hidden_state
+        if a >= P - 1:
+            yield a - P + 1, states
+
+# %% ../../nbs/diagnostics/04_saliency.ipynb #c033
 def every_token(
     policy,
     prompts: Prompts,     # one problem
@@ -290,20 +308,11 @@ def every_token(
     banned: tuple=(),     # besides those that the policy bans itself
 ) -> torch.Tensor:        # (T, P + T - 1)
     "Input x gradient of the log-prob of each token of a reply, with respect to every position before it."
-    needs_a_tower(policy)
-    banned, T, done = (*policy.banned, *banned), len(ids), 0
-    out = torch.zeros(T, len(prompts.ids[0]) + T - 1)
-    with leaves_at_the_door(policy) as leaves:
-        if policy.apart:
-            inside = look_inside(policy, prompts, ids)
-            return pulled_back(policy, inside.ahead(inside.states(inside.embeds[None]).last_hidden_state), ids, leaves[-1:], banned)
-        cache = policy.prefill(prompts)
-        states = cache.hidden[:, None]
-        while True:
+    inside, leaves = look_inside(policy, prompts, ids), []
+    banned, out = (*policy.banned, *banned), torch.zeros(len(ids), len(inside.embeds))
+    with for_slopes(policy):
+        for t, states in pieces_of(inside, leaves):
             n = states.shape[1]
-            rows = pulled_back(policy, states, ids[done:done + n], leaves, banned)
-            out[done:done + n, :rows.shape[1]] = rows
-            done += n
-            if done >= T:
-                return out
-            states = policy.step(cache, ids[None, done - 1:min(done - 1 + PIECE, T - 1)])
+            rows = pulled_back(policy, states, ids[t:t + n], leaves, banned)
+            out[t:t + n, :rows.shape[1]] = rows
+    return out

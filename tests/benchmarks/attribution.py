@@ -58,12 +58,14 @@ def prepared(way, model, words, prompt, reply):
         given = TextTokenInput(spelled(prompt), words)
         return lambda: asked.attribute(given, target=reply).token_attr
     import inseq
+    from inseq.attr.step_functions import probability_fn
+    inseq.register_step_function(lambda args, **more: probability_fn(args, **more).log(), "log_prob", overwrite=True)
     asked = inseq.load_model(model, "input_x_gradient", tokenizer=words)
     texts = spelled(prompt), spelled([*prompt.tolist(), *reply.tolist()])
 
     def run():
-        out = asked.attribute(*texts, attributed_fn="crossentropy", show_progress=False, pretty_progress=False)
-        return -out.sequence_attributions[0].target_attributions.sum(-1).T[-len(reply):, :P]
+        out = asked.attribute(*texts, attributed_fn="log_prob", show_progress=False, pretty_progress=False)
+        return out.sequence_attributions[0].target_attributions.sum(-1).T[-len(reply):, :P]
     return run
 
 
