@@ -56,11 +56,12 @@ def measure_pushes(
 
 def draw_pushes(
     table: pd.DataFrame,
-    reply: tuple=None,    # (step, reply); None: the one with the largest share
+    reply: tuple=None,    # (step, reply); None: the one with the largest share, of those that say more than half as much as most
 ) -> Drawing:
     "The reply with the most gradient, in thousandths of its step, with the sign of the push."
     of = table.groupby(["step", "reply"], sort=False)
-    where = of["share"].sum().idxmax() if reply is None else tuple(reply)
+    size = of.size()
+    where = of["share"].sum()[size >= size.median() / 2].idxmax() if reply is None else tuple(reply)
     if where not in of.groups:
         raise ValueError(f"there is no reply {where[1]} in step {where[0]}")
     part = of.get_group(where)

@@ -249,7 +249,7 @@ def attribute(
     return total, questions
 
 # %% ../../nbs/diagnostics/04_saliency.ipynb #c031
-PIECE, ROOM = 32, 2**18   # positions of a piece; numbers of one layer's width that a batch of backward passes may hold
+PIECE, ROOM = 32, 2**16   # positions of a piece; numbers of one layer's width that a batch of backward passes may hold
 
 
 def pulled_back(
@@ -258,6 +258,7 @@ def pulled_back(
     ids: torch.Tensor,      # (n,) the tokens that they predict
     leaves: list,           # of (1,s,D): the embeddings so far
     banned: tuple,
+    room: int,
 ) -> torch.Tensor:          # (n, positions so far)
     "Input x gradient of n tokens, backward passes in batches."
     last = states.detach().requires_grad_()
@@ -265,7 +266,7 @@ def pulled_back(
     up, = torch.autograd.grad(logp, last)
     each = torch.diag_embed(up[0].T).permute(1, 2, 0)[:, None]     # (n,1,n,D): token t's gradient in row t, zeros elsewhere
     wide, out = max(x.shape[1] for x in leaves) * getattr(policy.config, "intermediate_size", up.shape[-1]), []
-    for part in each.split(max(1, ROOM // wide)):
+    for part in each.split(max(1, room // wide)):
         slopes = torch.autograd.grad(states, leaves, part, retain_graph=True, is_grads_batched=True, allow_unused=True)
         out.append(torch.cat([x.new_zeros(len(part), x.shape[1]) if g is None else (g[:, 0] * x.detach()[0]).sum(-1) for g, x in zip(slopes, leaves)], 1))
     return torch.cat(out)
@@ -306,6 +307,7 @@ def every_token(
     prompts: Prompts,     # one problem
     ids: torch.Tensor,    # (T,) a reply
     banned: tuple=(),     # besides those that the policy bans itself
+    room: int=ROOM,       # more is quicker and takes more memory
 ) -> torch.Tensor:        # (T, P + T - 1)
     "Input x gradient of the log-prob of each token of a reply, with respect to every position before it."
     inside, leaves = look_inside(policy, prompts, ids), []
@@ -313,6 +315,6 @@ def every_token(
     with for_slopes(policy):
         for t, states in pieces_of(inside, leaves):
             n = states.shape[1]
-            rows = pulled_back(policy, states, ids[t:t + n], leaves, banned)
+            rows = pulled_back(policy, states, ids[t:t + n], leaves, banned, room)
             out[t:t + n, :rows.shape[1]] = rows
     return out

@@ -30,6 +30,7 @@ from rlworkbench.training.job import recorded, train
 from rlworkbench.training.run import Config, Run
 from rlworkbench.training.trainer import Trainer
 from rlworkbench.training.whatif import WhatIf  # noqa: F401, gives Trainer its whatif
+from tests.benchmarks.attribution import attribution
 
 def in_turn(first, second, repeats=5) -> dict:
     "CPU seconds of two functions, run A B B A ...; medians and the median of the pairwise ratios second/first."
@@ -229,7 +230,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
     "scoring, 128 prompt tokens": scoring, "health": health, "head": head, "whatif": whatif, "startup": startup,
-    "recording": recording, "run folders": folders,
+    "recording": recording, "run folders": folders, "attribution": attribution,
     "plateau of imitation": plateau,
 }
 
