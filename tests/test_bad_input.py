@@ -68,7 +68,7 @@ def nan(item, text): return float("nan")
 def infinite(item, text): return float("inf")
 def word(item, text): return "high"
 def nothing(item, text): return None
-def parts(item, text): calls.append(text); return {"a": 1.0} if len(calls) < 3 else {"b": 1.0}
+def parts(item, text): calls.append(text); return {"a": 1.0} if len(calls) % 3 else {"b": 1.0}
 def no_parts(item, text): return {}
 def word_part(item, text): return {"a": 1.0, "b": "high"}
 def broken(item, text): return 1 / 0

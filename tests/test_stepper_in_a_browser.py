@@ -58,6 +58,14 @@ def test_as_a_page(page, tmp_path):
     assert page.said == []
 
 
+def test_two_alike_on_one_page_both_step(page, tmp_path):
+    frames = frames_of({"one": "first frame", "two": "second frame", "three": "third frame"})
+    (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{stepper_html(frames)}{stepper_html(frames, 99)}")
+    page.goto(f"file://{tmp_path}/page.html")
+    assert page.locator(".rlw-stepper .place").all_text_contents() == ["1/3", "3/3"]
+    driven(page, page.locator(".rlw-stepper").first)
+
+
 def test_what_a_user_wrote_is_text(page, tmp_path):
     nasty = "</script><img src=x onerror=\"document.title='broken'\">"
     (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{stepper_html(frames_of({nasty: nasty, 'two': 'b'}))}")
@@ -93,10 +101,17 @@ def test_in_jupyterlab(page, lab):
     page.goto(lab)
     expect(page.locator(".jp-NotebookPanel .jp-Cell").first).to_be_visible(timeout=60_000)
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first).to_be_attached(timeout=60_000)
-    page.locator(".jp-Cell .cm-content").first.click()
-    page.keyboard.press("Shift+Enter")
     box = page.locator(".jp-OutputArea .rlw-stepper")
-    expect(box).to_be_visible(timeout=60_000)
+    for _ in range(6):      # a kernel that is not there yet swallows the key
+        page.locator(".jp-Cell .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        try:
+            expect(box.first).to_be_visible(timeout=20_000)
+            break
+        except AssertionError:
+            continue
+    box = box.first
+    expect(box).to_be_visible()
     driven(page, box)
     page.locator(".jp-Cell .cm-content").last.click()
     page.keyboard.type("print('python says', seen.at)")

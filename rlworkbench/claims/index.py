@@ -140,7 +140,7 @@ def claims_markdown(root: str="") -> str:
     rows = []
     for _, r in claims_table().iterrows():
         head = isinstance(r.command, str)
-        size = "" if pd.isna(r.effect) else f"{r.effect:+.3g}"
+        size = "" if pd.isna(r.effect) else f"{r.effect if abs(r.effect) > 1e-6 else 0:+.3g}"
         span = "" if pd.isna(r.low) else f"{r.low:+.3g} to {r.high:+.3g}"
         cost = [str(int(r.seeds or 0) or ""), str(int(r["CPU s"]) or ""), f"`{r.command}`"] if head else ["", "", ""]
         rows.append([linked(f"`{r.claim}`", root + r.notebook) if head else "", plainly(r.says), size, span, f"**{r.verdict}**" if head else r.verdict, *cost])

@@ -158,7 +158,7 @@ def claim_folder(
 
 def ready(claim: Claim, seeds: int, jobs: int, steps: int, first: int):
     "Build missing base policies and make each arm's trainer once. Raises ValueError before anything is run."
-    for name, value, least in (("seeds", seeds, 2), ("jobs", jobs, 1), ("steps", 1 if steps is None else steps, 1), ("first", first, 0)):
+    for name, value, least in (("seeds", seeds, 2), ("jobs", jobs, 1), ("steps", 1 if steps is None else steps, 1), ("first seed", first, 0)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     for name in sorted({a.config.policy for a in claim.arms.values()} & set(MICROS)):
@@ -207,7 +207,7 @@ def summary(claim: Claim, found: dict, pilot: str, code: str) -> dict:
     values = {arm: {m: of(arm, "values", m) for m in claim.measures} for arm in claim.arms}
     curves = {arm: {k: [round(sum(x) / len(seeds), 5) for x in zip(*of(arm, "curves", k))] for k in claim.curves} for arm in claim.arms}
     arms = {n: {"recipe": show(a.method())["is"].to_dict(), "config": asdict(a.config), "shift": a.shift, "doc": a.doc} for n, a in claim.arms.items()}
-    versions = {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "scipy")}}
+    versions = {"python": platform.python_version(), **{p: version(p) for p in ("rlworkbench", "torch", "transformers", "numpy", "scipy")}}
     return {"claim": claim.name, "paper": claim.paper, "says": claim.doc, **assess(claim, values, pilot), "seeds": seeds, "values": values,
             "curves": curves, "arms": arms, "cpu_seconds": round(sum(f["cpu_seconds"] for f in found.values()), 1), "cpu_budget": claim.cpu_budget,
             "versions": versions, "code": code}
@@ -225,7 +225,7 @@ def result_lines(
     result: dict,
 ) -> list:        # of text
     "A result for people."
-    row = lambda mark, c: f"  {mark} {c['says']}: {c['mean']:+.4g} [{c['low']:+.4g}, {c['high']:+.4g}], {c['verdict']}"
+    row = lambda mark, c: f"  {mark} {c['says']}: {c['mean'] if abs(c['mean']) > 1e-6 else 0:+.4g} [{c['low']:+.4g}, {c['high']:+.4g}], {c['verdict']}"
     return [f"{result['claim']}: {result['says']} ({result['paper']})", *(row("comparison", c) for c in result["comparisons"]),
             *(row("control   ", c) for c in result["controls"]),
             f"{result['verdict']}: {result['why']}; {len(result['seeds'])} seeds, {result['cpu_seconds']:.0f} CPU seconds"]

@@ -39,7 +39,7 @@ def draw_by_step(table: pd.DataFrame) -> Drawing:
 entropy_by_step = Probe(
     "entropy-by-step", "how undecided is the policy from step to step?", "log", measure_by_step, draw_by_step,
     {"step": "number of the step", "exact": "mean entropy, nats a token", "sampled": "mean of -log π of the drawn tokens, nats a token", "left": "exact entropy as a share of the first step's"},
-    "The two lines should cross and recross. A sampled line that stays on one side means that tokens were drawn under another law than the one they are scored under.", needs=("step", "entropy"))
+    "The two lines should cross and recross. A sampled line that stays on one side for many steps hints at tokens drawn under another law than they are scored under; `entropy-gap` tests it.", needs=("step", "entropy"))
 
 # %% ../../nbs/diagnostics/01_entropy.ipynb #c009
 def alarmed(
@@ -95,7 +95,7 @@ entropy_collapse = Probe(
     "entropy-collapse", "has entropy collapsed, and what went with it?", "log", measure_collapse, draw_collapse,
     {"step": "number of the step", "entropy": "nats a token", "left": "share of the first step's entropy", "collapsed": "below the limit", "limit": "nats a token", "mixed": "share of groups whose rewards differ",
      "correct": "share of right replies"},
-    "Mixed groups that go down with entropy are the harm: the run is over, whatever its reward. Entropy that falls while right replies rise is a policy making up its mind.", needs=("step", "entropy"))
+    "Mixed groups that go down with entropy while replies are still wrong are the harm: nothing is left to learn from. Entropy that falls while right replies rise is a policy making up its mind.", needs=("step", "entropy"))
 
 # %% ../../nbs/diagnostics/01_entropy.ipynb #c017
 QUANTILES = (.2, .5, .8, .95)
@@ -126,7 +126,7 @@ def draw_bands(table: pd.DataFrame) -> Drawing:
 entropy_bands = Probe(
     "entropy-bands", "how is entropy distributed over tokens, and which part of them moves?", "tokens", measure_bands, draw_bands,
     {"step": "number of the step", "quantile": "between 0 and 1", "entropy": "nats: that share of the tokens has no more", "above": "share of all entropy that tokens from here on hold"},
-    "The lower curves lie at 0 from the start: most tokens are settled. Collapse and growth are seen in the top curve, long before the mean says much.", needs=("step", "entropy"), paper="arXiv:2506.01939")
+    "The lower curves lie at 0 from the start: most tokens are settled. Collapse and growth are seen in the top curve; the mean is mostly made of it.", needs=("step", "entropy"), paper="arXiv:2506.01939")
 
 # %% ../../nbs/diagnostics/01_entropy.ipynb #c020
 SIGNS = {1: "praised", -1: "blamed", 0: "no advantage"}

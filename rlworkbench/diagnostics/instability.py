@@ -25,8 +25,12 @@ from ..show.curves import bars_svg, curves_svg
 from .probe import Probe, Scene, replies_as_step
 
 # %% ../../nbs/diagnostics/14_instability.ipynb #c005
-def measure_attention(scene: Scene) -> pd.DataFrame:
+def measure_attention(
+    scene: Scene,
+    replies: int=32,   # how many, from the first
+) -> pd.DataFrame:
     "The largest attention logits of each layer and head."
+    scene = scene.some(replies)
     largest, mask = attention_logits(scene.policy, scene.step), scene.step.mask
     means, bounds = (largest.double().sum((1, 3)) / mask.sum().clamp(min=1)).tolist(), [b if math.isfinite(b) else math.nan for b in logit_bounds(scene.policy)]
     return pd.DataFrame([{"layer": k, "head": h, "largest": top, "mean": means[k][h], "bound": bounds[k]}
@@ -55,8 +59,12 @@ def log_normalisers(scene: Scene) -> torch.Tensor:  # (N,T)
     return torch.stack([scene.policy.logits(states[:, t]).float().logsumexp(-1) for t in range(T)], 1) * step.mask
 
 
-def measure_normaliser(scene: Scene) -> pd.DataFrame:
+def measure_normaliser(
+    scene: Scene,
+    replies: int=64,   # how many, from the first
+) -> pd.DataFrame:
     "log Z by place in the reply."
+    scene = scene.some(replies)
     z, mask = log_normalisers(scene).double(), scene.step.mask.double()
     rows = []
     for t in range(z.shape[1]):
@@ -93,8 +101,13 @@ def pull(scene: Scene) -> torch.Tensor:
     return -(out["logp"] * advantage * step.mask).sum() / step.mask.sum()
 
 
-def measure_gradients(scene: Scene, epsilon: float = 1e-8) -> pd.DataFrame:
+def measure_gradients(
+    scene: Scene,
+    epsilon: float=1e-8,   # Adam's
+    replies: int=64,       # how many, from the first
+) -> pd.DataFrame:
     "Size of the gradient of every weight that learns."
+    scene = scene.some(replies)
     learning = scene.policy.parameters()
     with torch.enable_grad():
         grads = torch.autograd.grad(pull(scene), [*learning.values()], allow_unused=True, materialize_grads=True)

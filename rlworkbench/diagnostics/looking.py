@@ -80,7 +80,7 @@ def distributions(
 def measure_gain(
     scene: Scene,
     ways=None,        # of taking the picture away: none, blank, blur, other; None: all that can be asked
-    most: int = 64,   # replies
+    most: int = 32,   # replies
 ) -> pd.DataFrame:
     "One row per token and way."
     policy, step = scene.policy, seeing(scene.step, most)
@@ -121,7 +121,7 @@ visual_gain = Probe(
 def measure_looking(
     scene: Scene,
     ways=None,        # of taking the picture away; None: all that can be asked
-    most: int = 64,   # replies
+    most: int = 32,   # replies
 ) -> pd.DataFrame:
     "One row per reply and way."
     tokens = measure_gain(scene, ways, most)

@@ -116,5 +116,5 @@ sensitivity = Probe(
     "sensitivity", "do the states follow the picture, the words, or neither?", "policy", measure_sensitivity, draw_sensitivity,
     {"change": "what was changed: patches, picture, words, problem", "reply": "row of the step", "item": "the problem", "moved": "mean length of the move over that of the state",
      "turned": "mean cosine distance, 0 to 2", "lost": "log-prob that the reply lost, nats a token"},
-    "Compare with `another problem`, which is as far as they can go. A policy that ignores its picture does not move for the first two.",
+    "`another problem` is the scale: how far the states move when everything is another. A policy that ignores its picture does not move for the first two.",
     cost="two forward passes over at most 16 replies per change, and two without", paper="arXiv 2607.00461")

@@ -13,7 +13,7 @@ from .grpo import grpo
 from .slots import Spec, slot, spread, token_mean
 
 # %% ../../nbs/recipes/09_cispo.ipynb #c005
-@slot("-sg[clip(r, 1-low, 1+high)]·A·log π", limits={"low": "[0, inf]", "high": "[0, inf]"})
+@slot("-sg[clip(r, 1-low, 1+high)]·A·log π", limits={"low": "[0, inf]", "high": "[-1, inf]"})
 @dataclass(frozen=True, repr=False)
 class truncated_weight(Spec):
     "A clipped importance weight without gradient, times the policy gradient."

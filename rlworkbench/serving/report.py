@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.files import write_text
 from ..core.pictures import picture_name
-from ..diagnostics.sections import asked
+from ..diagnostics.sections import INSIDE, SECTIONS, asked
 from ..recipes.recipe import show
 from ..show.curves import curves_svg
 from ..show.palette import FONT, css
@@ -32,7 +32,7 @@ th{font-weight:500;color:var(--rlw-soft)}td.n,th.n{text-align:right}code{font-si
 .row{display:flex;gap:1.4rem;flex-wrap:wrap}.reply{display:flex;gap:1rem;align-items:flex-start;margin:.9rem 0}.reply img{image-rendering:pixelated;width:96px;height:96px;border-radius:4px}
 .reply div{flex:1;min-width:0}.verdict{display:inline-block;min-width:3.6rem;font-weight:600}.wrap{overflow-wrap:anywhere}
 .one~.one .rlw-head{display:none}.one{flex:none}
-svg{max-width:100%%;height:auto}.scroll{overflow-x:auto}
+svg{max-width:100%%;height:auto}.scroll{overflow-x:auto}.scroll svg{min-width:34rem}
 """ % {"font": FONT}
 
 
@@ -63,16 +63,16 @@ def accuracies(run: Run, controls: dict) -> str:
 def curves(run: Run, controls: dict) -> str:
     "Curves over training, one picture per question."
     m = run.metrics
-    pictures = []
+    pictures, x = [], list(range(1, 1 + max(len(r.metrics) for r in (run, *controls.values()))))
     if "correct" in m:
         right = {run.config.recipe: list(m["correct"])} | {k: list(c.metrics["correct"]) for k, c in controls.items() if "correct" in c.metrics}
-        pictures.append((curves_svg(right, title="share of right replies"), "Does it learn? Right replies among those sampled in training."))
+        pictures.append((curves_svg(right, {k: x[:len(v)] for k, v in right.items()}, title="share of right replies"), "Does it learn? Right replies among those sampled in training."))
         entropy = {run.config.recipe: list(m["entropy"])} | {k: list(c.metrics["entropy"]) for k, c in controls.items() if "entropy" in c.metrics}
-        pictures.append((curves_svg(entropy, title="entropy, nats a token"), "Is there still variety? At zero all replies of a group are the same and nothing can be learned."))
+        pictures.append((curves_svg(entropy, {k: x[:len(v)] for k, v in entropy.items()}, title="entropy, nats a token"), "Is there still variety? At zero all replies of a group are the same and nothing can be learned."))
         dead = {"all right": list(m["groups/all_right"]), "all wrong": list(m["groups/all_wrong"])}
-        pictures.append((curves_svg(dead, title="groups that say nothing"), "All right: the problem is done. All wrong: it is out of reach."))
+        pictures.append((curves_svg(dead, {k: x[:len(v)] for k, v in dead.items()}, title="groups that say nothing"), "All right: the problem is done. All wrong: it is out of reach."))
     elif "loss" in m:
-        pictures.append((curves_svg({"loss": list(m["loss"])}, title="loss"), "Imitation: negative log-likelihood of the given replies."))
+        pictures.append((curves_svg({"loss": list(m["loss"])}, x, title="loss"), "Imitation: negative log-likelihood of the given replies."))
     return "".join(f"<figure><div class=scroll>{svg}</div><figcaption>{caption}</figcaption></figure>" for svg, caption in pictures)
 
 # %% ../../nbs/serving/00_report.ipynb #c009
@@ -118,10 +118,10 @@ def opened(run: Run) -> str:
             f"<div class=reply>{picture(run, tokens['item'].iloc[0])}<div>{''.join(rows)}</div></div>")
 
 # %% ../../nbs/serving/00_report.ipynb #c013
-def diagnosed(run: Run) -> str:
-    "What the probes find that read the run's records, each with its question; then, in small, what could not be asked."
+def diagnosed(run: Run, inside: bool=False) -> str:
+    "What the probes find, each with its question; then, in small, what could not be asked. `inside`: also those that need the policy."
     out, silent = [], []
-    for heading, some in asked(run).items() if len(run.metrics) else ():
+    for heading, some in asked(run, [*SECTIONS, *INSIDE] if inside else SECTIONS).items() if len(run.metrics) else ():
         shown = [(probe, found) for probe, found in some if not isinstance(found, str)]
         silent += [f"{probe.name}: {found}" for probe, found in some if isinstance(found, str)]
         if shown:
@@ -151,7 +151,7 @@ def again(run: Run) -> str:
     return f"rlworkbench train --config {run.folder}/config.json --out NEW"
 
 
-def page(run: Run, controls: dict) -> str:
+def page(run: Run, controls: dict, inside: bool=False) -> str:
     "The report as HTML."
     c, stopped = run.config, run.read("stopped.json")
     table_of = show(with_law(c))
@@ -166,8 +166,8 @@ def page(run: Run, controls: dict) -> str:
             + (f"<p><b>Stopped:</b> {html.escape(stopped['why'])}</p>" if stopped else "")
             + "".join(f"<p><b>Alarm:</b> {html.escape(a)}</p>" for a in alarms)
             + "<h2>What came of it</h2>" + accuracies(run, controls) + "<h2>Over training</h2>" + curves(run, controls)
-            + ("<h2>The most likely reply, before and after</h2>" + replies(run) if run.read("replies.json") else "") + opened(run) + diagnosed(run)
-            + "<h2>The method</h2>" + table(["slot", "is", "formula", "changed"], method.values.tolist()) + "<h2>To run it again</h2>"
+            + ("<h2>The most likely reply, before and after</h2>" + replies(run) if run.read("replies.json") else "") + opened(run) + diagnosed(run, inside)
+            + "<h2>The method</h2><div class=scroll>" + table(["slot", "is", "formula", "changed"], method.values.tolist()) + "</div>" + "<h2>To run it again</h2>"
             + f"<p><code>{html.escape(again(run))}</code></p>" + table(["key", "value"], settings) + "</html>")
 
 
@@ -175,10 +175,11 @@ def write_report(
     run: Run,
     file=None,        # None: report.html in the run folder
     controls=None,    # {name: Run} shown beside it
+    inside=False,     # also ask the probes that need the policy
 ) -> Path:
     "Write the page; the path it went to."
     file = Path(file) if file else run.folder / "report.html"
     if not file.parent.is_dir():
         raise ValueError(f"cannot write {file}: there is no folder {file.parent}")
-    write_text(file, page(run, controls or {}))
+    write_text(file, page(run, controls or {}, inside))
     return file

@@ -111,6 +111,8 @@ def stepper_html(
     "Frames as HTML that needs nothing from elsewhere."
     held = json.dumps(frames).replace("<", "\\u003c")
     name = f"rlw-stepper-{hashlib.sha256(held.encode()).hexdigest()[:12]}"
+    at = min(max(at, 0), len(frames) - 1)
     first = f'<strong>{plain(frames[at]["label"])}</strong><div class="frame">{frames[at]["html"]}</div>'
-    return (f'<style>{STYLE}</style><div class="rlw-stepper" id="{name}">{first}</div>'
-            f'<script>(() => {{{SCRIPT}\nstepper(document.getElementById("{name}"), {held}, {at}); }})();</script>')
+    return (f'<style>{STYLE}</style><div class="rlw-stepper" data-frames="{name}">{first}</div>'
+            f"<script>(() => {{{SCRIPT}\nconst root = [...document.querySelectorAll('[data-frames={name}]')].find(e => !e.dataset.live);"
+            f'if (root) {{ root.dataset.live = "1"; stepper(root, {held}, {at}); }} }})();</script>')

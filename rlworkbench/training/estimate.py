@@ -79,7 +79,7 @@ def try_out(
             phases.close()
             set_global_streams(streams)
 
-
+# %% ../../nbs/training/14_estimate.ipynb #c008
 def step_seconds(
     trainer: Trainer,
 ) -> tuple:             # CPU seconds and wall seconds of a step, bytes kept per reply

@@ -123,7 +123,7 @@ def forwarded(recipe: Recipe, part: Step, learns: bool = True):
     if learns and torch.is_grad_enabled() and not part.logp.requires_grad:
         raise ValueError(f"{named} without a gradient")
 
-
+# %% ../../nbs/training/02_loss.ipynb #c014
 def prepare(recipe: Recipe, batch: Step):
     "What is evaluated once per minibatch: ratio, weight and coefficient, without gradient."
     forwarded(recipe, batch, learns=False)
@@ -162,7 +162,7 @@ def losses(recipe, part: Step) -> dict:
         out[term.name] = term_loss(recipe, term, part)
     return out
 
-
+# %% ../../nbs/training/02_loss.ipynb #c015
 def term_loss(recipe, term, part: Step) -> torch.Tensor:
     "A term of its own. Raises ValueError naming it where shapes differ, it is no number or cuts the graph."
     tokens, coef, scale = term.tokens(part), term.normalise(part), term.scale(part) if callable(term.scale) else term.scale
@@ -210,7 +210,7 @@ def chosen(recipe, pool, step: Step) -> list:
         raise ValueError(f"recipe {recipe.name!r}: the slot order = {label(recipe.order)} returned {str(picked)[:60]}, expected numbers of problems, 0 to {len(pool) - 1}")
     return [pool[i] for i in numbers]
 
-# %% ../../nbs/training/02_loss.ipynb #c015
+# %% ../../nbs/training/02_loss.ipynb #c017
 def specs(recipe) -> list:
     "Every Spec in a method, those inside terms included."
     parts = [x for v in recipe.slots().values() for x in (v, getattr(v, "tokens", None), getattr(v, "normalise", None), getattr(v, "scale", None))]

@@ -90,6 +90,8 @@ def asked(trainer: Trainer, recipes: tuple) -> dict:
     "{name: (recipe as it was given, as it can be asked)}, the trainer's own first. Raises ValueError for unknown names and recipes that would have drawn other replies."
     if not isinstance(trainer.recipe, Recipe):
         raise ValueError(f"this trainer teaches {trainer.recipe.name!r}, a lesson; whatif compares recipes on replies of the policy's own")
+    if twice := [r for k, r in enumerate(recipes) if r in recipes[:k]]:
+        raise ValueError(f"{getattr(twice[0], 'name', twice[0])!r} is named twice")
     found = {}
     for given in (trainer.recipe, *(known.get(r) if isinstance(r, str) else r for r in recipes)):
         fitted = on_these_replies(given, trainer.recipe)

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from rlworkbench.core.files import write_json_lines
+from rlworkbench.core.registry import probes
 from rlworkbench.core.step import Step
 from rlworkbench.policies.tiny import random_tiny
 from rlworkbench.recipes.grpo import grpo
@@ -199,6 +200,22 @@ def whatif() -> dict:
     return {name: in_turn(twin.step, lambda: trainer.whatif(*others, **how), 3)["ratio"] for name, how in ways.items()}
 
 
+def pictures() -> dict:
+    "CPU seconds until each probe's picture of a recorded step of 512 replies; those of a policy load it, too."
+    with TemporaryDirectory() as tmp:
+        run = train(Config(steps=1, prompts=64, group=8, evaluate=0, record="full"), f"{tmp}/run", before=False)
+        spent, refused = {}, {}
+        for name, probe in probes.all().items():
+            start = time.process_time()
+            try:
+                probe(run)._repr_html_()
+            except ValueError as e:
+                refused[name] = str(e).replace(tmp, "")
+                continue
+            spent[name] = round(time.process_time() - start, 3)
+    return {"seconds": spent, "slowest": max(spent.values()), "within_a_second": sum(s <= 1 for s in spent.values()), "of": len(spent), "refused": refused}
+
+
 def startup() -> dict:
     "Wall seconds of `import rlworkbench` and of `rlworkbench --help`, medians of five processes."
     def wall(command):
@@ -230,7 +247,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
     "scoring, 128 prompt tokens": scoring, "health": health, "head": head, "whatif": whatif, "startup": startup,
-    "recording": recording, "run folders": folders, "attribution": attribution,
+    "recording": recording, "run folders": folders, "pictures": pictures, "attribution": attribution,
     "plateau of imitation": plateau,
 }
 

@@ -4,7 +4,7 @@ As a script it is one of these processes: `python attribution.py WAY PROMPT TOKE
 """
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -47,11 +47,11 @@ def prepared(way, model, words, prompt, reply):
     "A function of nothing that gives (T,P): the rows of the reply's tokens, the columns of the prompt's."
     P = len(prompt)
     if way.startswith("ours"):
-        from rlworkbench.diagnostics.saliency import every_token
+        from rlworkbench.diagnostics.rows import every_token
         from rlworkbench.policies.hugging import HuggingPolicy
         from rlworkbench.policies.policy import Prompts
         policy = HuggingPolicy(model, words, "random-qwen2")
-        room = {} if way == "ours" else {"room": 2**18}
+        room = {} if way == "ours" else {"room": 2**16}
         return lambda: every_token(policy, Prompts([prompt], [{}]), reply, **room)[:, :P]
     if way == "captum":
         from captum.attr import LayerGradientXActivation, LLMGradientAttribution, TextTokenInput
@@ -70,6 +70,11 @@ def prepared(way, model, words, prompt, reply):
     return run
 
 
+def peak() -> float:
+    "Megabytes that this process held at most. Not getrusage: there a process begins with what its parent held."
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
 def worker(way, P, T, out):
     "One process: build, note the memory, run, write times and the result."
     import torch
@@ -78,14 +83,14 @@ def worker(way, P, T, out):
     run = prepared(way, net, words, ids[:P], ids[P:])
     with torch.no_grad():
         net(ids[None, :2])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     value, times = run(), []
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak()
     for _ in range(CALLS):
         start = time.process_time()
         run()
         times.append(time.process_time() - start)
-    Path(out).write_text(json.dumps({"seconds": times, "megabytes": (peak - before) / 1024, "value": value.tolist()}))
+    Path(out).write_text(json.dumps({"seconds": times, "megabytes": after - before, "value": value.tolist()}))
 
 
 def apart(a, b):
@@ -114,7 +119,7 @@ def installed(module) -> bool:
 def attribution(repeats=5) -> dict:
     "CPU seconds, peak memory and agreement, at each size; the ways in turn, A B C C B A."
     from tempfile import TemporaryDirectory
-    ways, skipped = {"ours": sys.executable, "ours, more room": sys.executable}, {}
+    ways, skipped = {"ours": sys.executable, "ours, less room": sys.executable}, {}
     if installed("captum"):
         ways["captum"] = sys.executable
     else:
@@ -142,7 +147,7 @@ def compared(found) -> dict:
         if way != "ours":
             difference, share = apart(found["ours"][0]["value"], found[way][0]["value"])
             out[way] |= {"largest_difference": difference, "relative": share}
-            for mine in ("ours", "ours, more room") if way in ("captum", "inseq") else ():
+            for mine in ("ours", "ours, less room") if way in ("captum", "inseq") else ():
                 ratios = sorted(b / a for a, b in zip(seconds[mine], seconds[way]))
                 out[way] |= {f"ratio to {mine}": statistics.median(ratios), f"ratio_min to {mine}": ratios[0], f"ratio_max to {mine}": ratios[-1]}
     return out
