@@ -32,7 +32,7 @@ SERVER = """
 import json, os, signal, sys, traceback
 from rlworkbench.cli.main import main
 from rlworkbench.core.registry import policies, recipes, tasks
-import rlworkbench.cli.look, rlworkbench.serving.replay, rlworkbench.serving.report, rlworkbench.training.job, rlworkbench.training.estimate
+import rlworkbench.cli.look, rlworkbench.cli.ask, rlworkbench.serving.replay, rlworkbench.serving.report, rlworkbench.training.job, rlworkbench.training.estimate
 for registry in (policies, recipes, tasks):
     registry.all()
 print("ready", flush=True)
@@ -409,7 +409,7 @@ case("option: a stray word", ("train", "grpo"), "grpo")
 case("command: unknown", ("trian",), ("trian", "train"))
 for name, says in (("nan", "of item jsonl"), ("infinite", "a reward must be finite"), ("word", "is 'high', not a number"), ("nothing", "is None, not a number"),
                    ("word_part", "the reward 'b' of item"), ("broken", "ZeroDivisionError: division by zero"), ("third", "KeyError: 'colour'"),
-                   ("long_story", "RuntimeError: first line second line"), ("parts", "has reward parts ['b'], the first reply had ['a']"), ("no_parts", "has a reward without parts"),
+                   ("long_story", "RuntimeError: first line second line"), ("parts", ", the first reply had ["), ("no_parts", "has a reward without parts"),
                    ("short", "must take (item, text)"), ("none", "mine.py has no function 'none'; it has"), ("number", "mine.py has no function 'number'"), ("", "has no function ''")):
     says = says.replace("of item jsonl", "of item problems/")
     case(f"reward: {name or 'no name'}", (*MINE, "--reward", f"mine.py:{name}"), (says,))
@@ -465,7 +465,7 @@ for option in ("--n", "--k"):
         case(f"eval: {option} {value}", ("eval", "tiny", option, value), ("n and k must be 1 or more", value))
 case("eval: --seed -1", ("eval", "tiny", "--seed", "-1", "--n", "2"), "seed must be 0 or more, got -1")
 case("demo: --seed -1", ("demo", "--seed", "-1"), "seed must be 0 or more, got -1")
-case("reproduce: --first-seed -1", ("reproduce", "clip_higher", "--first-seed", "-1"), "first must be 0 or more, got -1")
+case("reproduce: --first-seed -1", ("reproduce", "clip_higher", "--first-seed", "-1"), "--first-seed must be 0 or more, got -1")
 case("eval: threads", ("eval", "tiny", "--threads", "0"), "threads must be")
 case("doctor: a stray word", ("doctor", "now"), "now")
 for name, content, says in (("no equals sign", "[workbench]\nno equals sign\n", "can't be read"), ("unknown key", "[workbench]\nsead = 7\n", "unknown key 'sead'"),

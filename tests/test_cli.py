@@ -229,7 +229,7 @@ def test_diff_says_in_words_where_nothing_differs(folder, small_run):
 
 
 def test_diff_counts_the_steps_it_makes_again(folder, small_run, monkeypatch):
-    from rlworkbench.cli import look
+    from rlworkbench.cli import ask
     bars = []
 
     class Bar:
@@ -245,7 +245,7 @@ def test_diff_counts_the_steps_it_makes_again(folder, small_run, monkeypatch):
 
         def __exit__(self, *what):
             pass
-    monkeypatch.setattr(look, "bar", Bar)
+    monkeypatch.setattr(ask, "bar", Bar)
     assert run(folder, "diff", small_run, "--step", "4", "--recipes", "gspo").returncode == 0
     assert [(b.total, b.done) for b in bars] == [(3, 3)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rlworkbench.cli.look import app
+from rlworkbench.cli.ask import app
 from rlworkbench.core.step import Step
 from rlworkbench.policies.table import TablePolicy, uniform
 from rlworkbench.policies.tiny import load_tiny
