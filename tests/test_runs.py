@@ -108,9 +108,10 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_is_the_same(tmp_path):
-    options = ["--task", "bandit", "--policy", "table", "--steps", "500", "--prompts", "3", "--group", "4", "--evaluate", "0", "--threads", "1"]
+    options = ["--task", "bandit", "--policy", "table", "--steps", "300", "--prompts", "3", "--group", "4", "--evaluate", "0", "--threads", "1"]
     command = [sys.executable, "-c", "from rlworkbench.cli.main import main; main()", "train", *options, "--out"]
-    process = subprocess.Popen([*command, "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)      # a job in the background would be born deaf to it
+    process = subprocess.Popen([*command, "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
     while process.poll() is None and not list(tmp_path.glob("run/checkpoints/[0-9]*")):
         time.sleep(.02)
     process.send_signal(signal.SIGINT)
