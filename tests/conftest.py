@@ -1,4 +1,6 @@
 """What several tests share: three policies, some problems, one thread, and `--slow`."""
+import os
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,6 +19,8 @@ from rlworkbench.training.trainer import Trainer
 
 torch.set_num_threads(1)
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
 SPELL = Bandit("spell", prompts=3, length=6, letters=4, near=2)   # 'd' ends a reply, so that replies have 1 to 6 tokens
 LAW = Sampling(max_tokens=SPELL.length)
 Bandit.route = lambda self, item, text: tuple(enumerate(text))    # for methods that compare routes: each word goes its own way
@@ -30,7 +34,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    blind = CHROMIUM is None and not os.environ.get("RLWB_REQUIRE_BROWSER")
     for item in items:
+        if item.get_closest_marker("browser") and blind:
+            item.add_marker(pytest.mark.skip(reason="no chromium on this machine"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
 

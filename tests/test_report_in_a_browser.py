@@ -1,17 +1,13 @@
 """The report in a real browser: nothing fetched, nothing in the console, readable at 1280 and at 390 pixels."""
-import os
-import shutil
 
 import pytest
 
 from rlworkbench.serving.report import write_report
 from rlworkbench.training.job import train
 from rlworkbench.training.run import Config
+from tests.conftest import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.browser]
-if CHROMIUM is None and not os.environ.get("RLWB_REQUIRE_BROWSER"):
-    pytestmark.append(pytest.mark.skip(reason="no chromium on this machine"))
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,15 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 
 from rlworkbench.show.stepper import frames_of, stepper_html
+from tests.conftest import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.browser]
-if CHROMIUM is None and not os.environ.get("RLWB_REQUIRE_BROWSER"):
-    pytestmark.append(pytest.mark.skip(reason="no chromium on this machine"))
+pytestmark = pytest.mark.browser
 
 CELL = """from rlworkbench.show.stepper import Stepper
 from IPython.display import display

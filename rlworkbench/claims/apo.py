@@ -26,8 +26,7 @@ from ..rollouts.parts import task_score
 from ..rollouts.sampling import Sampling
 from ..training.choices import load_policy
 from ..training.evaluate import answers, verdicts
-from .claim import Arm, Claim, Comparison, Finished
-from .clip_higher import accuracy, entropy_kept
+from .claim import Arm, Claim, Comparison, Finished, accuracy, entropy_kept
 
 # %% ../../nbs/claims/05_apo.ipynb #c005
 BETA = .25   # of the divergence penalty, in every arm
