@@ -5,12 +5,13 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lab bench clean
+.PHONY: help demo test lab studio bench clean
 
 help:
 	@echo "make demo   set up, train tiny on digits-sum beside two controls, write a report"
 	@echo "make test   set up, run the tests"
 	@echo "make lab    set up, open JupyterLab on the notebooks"
+	@echo "make studio set up, open the apps in a browser, with a recorded run on screen"
 	@echo "make bench  set up, run the benchmarks"
 
 .venv/bin/python:
@@ -31,14 +32,21 @@ help:
 	$(PIP) -e '.[lab]'
 	@touch $@
 
+.venv/.apps: .venv/.core
+	$(PIP) -e '.[apps]'
+	@touch $@
+
 demo: .venv/.core
 	$(BIN)/rlworkbench demo --force
 
 test: .venv/.dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lab: .venv/.lab
 	$(BIN)/jupyter lab --ip=127.0.0.1 nbs
+
+studio: .venv/.apps
+	$(BIN)/rlworkbench studio
 
 bench: .venv/.dev
 	$(BIN)/python -m tests.benchmarks

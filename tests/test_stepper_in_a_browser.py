@@ -2,8 +2,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -87,6 +89,10 @@ def lab(tmp_path):
                 break
         else:
             raise AssertionError("JupyterLab did not start")
+        port = int(re.search(r":(\d+)/", found.group()).group(1))
+        until = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < until:     # it names its address before it listens there
+            time.sleep(.1)
         yield found.group().replace("/lab?", "/lab/tree/lesson.ipynb?")
     finally:
         server.terminate()

@@ -32,6 +32,9 @@ from rlworkbench.training.run import Config, Run
 from rlworkbench.training.trainer import Trainer
 from rlworkbench.training.whatif import WhatIf  # noqa: F401, gives Trainer its whatif
 from tests.benchmarks.attribution import attribution
+from tests.benchmarks.injection import injection
+from tests.benchmarks.latent import latent
+from tests.benchmarks.strategies import strategies
 
 def in_turn(first, second, repeats=5) -> dict:
     "CPU seconds of two functions, run A B B A ...; medians and the median of the pairwise ratios second/first."
@@ -90,7 +93,8 @@ def scoring(image=48, words=82, prompts=8, group=8, tokens=32) -> dict:
 
 
 HEAD = """
-import resource, sys, time, torch
+import sys, time, torch
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024   # getrusage would count what the parent had at the fork
 torch.set_num_threads(1)
 torch.manual_seed(0)
 head = torch.nn.Linear(128, 49152, bias=False)
@@ -111,9 +115,9 @@ for _ in range(3):
     logp, entropy = way()
     logp.sum().backward()
     spent.append(time.process_time() - start)
-print(min(spent), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, float(logp.sum()), float(entropy.sum()), float(hidden.grad.norm()), float(head.weight.grad.norm()))
+print(min(spent), peak(), float(logp.sum()), float(entropy.sum()), float(hidden.grad.norm()), float(head.weight.grad.norm()))
 """
-HEAD_IDLE = HEAD.split("def ours")[0] + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+HEAD_IDLE = HEAD.split("def ours")[0] + "print(peak())"
 
 
 def head(repeats=3) -> dict:
@@ -247,7 +251,7 @@ def plateau(seconds=45.0, n=400, k=8) -> dict:
 BENCHMARKS = {
     "rollouts, 36 image tokens": rollouts, "rollouts, 256 image tokens": lambda: rollouts(128, prompts=8),
     "scoring, 128 prompt tokens": scoring, "health": health, "head": head, "whatif": whatif, "startup": startup,
-    "recording": recording, "run folders": folders, "pictures": pictures, "attribution": attribution,
+    "recording": recording, "run folders": folders, "pictures": pictures, "attribution": attribution, "latent": latent, "drift": injection, "strategies": strategies,
     "plateau of imitation": plateau,
 }
 
