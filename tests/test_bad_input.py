@@ -252,6 +252,18 @@ case("data: no held-out rows to evaluate on", (*OWN, "--task", "jsonl:train-only
 case("data: no held-out rows for eval", ("eval", "text", "--task", "jsonl:train-only.jsonl"), "no problem in its split 'test'")
 case("data: broken line for validate", ("validate", "jsonl:x.jsonl"), "there is no file x.jsonl")
 
+# probes and watchers
+ASK = ("probe", "calibration", "runs/own")
+case("probe: unknown option", (*ASK, "--set", "bin=3"), ("there is no option 'bin'", "calibration takes bins=10"))
+case("probe: option of another kind", (*ASK, "--set", "bins=many"), ("bins must be a whole number", "calibration takes bins=10"))
+case("probe: option out of range", (*ASK, "--set", "bins=0"), "bins must be a whole number, 1 or more")
+case("probe: option without a value", (*ASK, "--set", "bins"), "--set wants NAME=VALUE, got 'bins'")
+case("probe: option said twice", (*ASK, "--set", "bins=3", "--set", "bins=4"), "--set bins is said twice")
+case("probe: token that is not there", ("probe", "attribution", "runs/own", "--set", "token=999"), "999")
+case("probe: a picture where there is none", ("probe", "occlusion", "runs/own", "--set", "grid=3,3"), "there is no picture to lay a grid over")
+case("watch: unknown", (*QUICK, "--watch", "lookin"), "unknown watcher 'lookin'; did you mean looking")
+case("watch: no picture", (*MINE, "--watch", "looking"), "the watcher looking compares replies with and without their picture")
+
 # models
 RUN = ("--task", "jsonl:problems.jsonl")
 VLM = ("train", "--policy", "model", "--prompts", "2", "--group", "2", "--evaluate", "0", "--steps", "2", "--max-tokens", "6", "--out", "new")

@@ -1,4 +1,5 @@
 """Every probe: on a recorded run, on a live trainer, on nine families; it finds what it promised and leaves everything as it was."""
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,16 +9,17 @@ import torch
 
 from rlworkbench.core.config import Config
 from rlworkbench.core.item import Item
+from rlworkbench.core.options import options_of
 from rlworkbench.core.registry import probes
 from rlworkbench.core.trace import Trace
 from rlworkbench.diagnostics.probe import Probe, scene_of, tokens_of
 from rlworkbench.policies.families import FAMILIES, family
-from rlworkbench.training.choices import new_trainer
-from rlworkbench.training.job import train
+from rlworkbench.training.choices import load_policy, new_trainer
+from rlworkbench.training.job import resume, train
 from rlworkbench.training.run import Run
 from tests.test_families import SEEING, drawn, noise
 
-PROBES = probes.all()
+PROBES = {name: p for name, p in probes.all().items() if not {"latent", "prior", "posterior"} & {*p.needs}}   # the latent ones: tests/test_latent
 READING_MODELS = [name for name, probe in PROBES.items() if probe.reads == "policy"]
 every = pytest.mark.parametrize("name", PROBES)
 LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3)
@@ -146,6 +148,107 @@ def test_what_is_not_there_is_said_in_one_sentence(tmp_path, recorded):
         assert ask(PROBES[name], "runs/mine"), name
     with pytest.raises(ValueError, match="no recorded step 77"):
         tokens_of(recorded, steps=[77])
+
+
+@every
+def test_an_option_that_does_not_fit_is_one_sentence_with_the_options(name, recorded):
+    probe = PROBES[name]
+    options = options_of(probe.measure)
+    takes = [n for n, p in options.items() if p.kind is not p.VAR_KEYWORD]
+    said = ask_with(probe, recorded, no_such_option=3)
+    assert "no_such_option" in said and all(n in said for n in takes)
+    for option, known in options.items():
+        wrong = {int: "many", float: "much", str: 3, bool: "perhaps", list: [object()], dict: 3}.get(known.annotation)
+        if wrong is not None:
+            said = ask_with(probe, recorded, **{option: wrong})
+            assert option in said or known.annotation is list
+        if known.annotation is int and isinstance(known.default, int) and known.default > 0:
+            assert f"{option} must be a whole number, 1 or more" in ask_with(probe, recorded, **{option: 0})
+
+
+def ask_with(probe, subject, **options) -> str:
+    "The refusal; it has to be one."
+    with pytest.raises(ValueError) as refused:
+        probe(subject, **options)
+    said = str(refused.value)
+    assert 20 < len(said) < 500 and "\n" not in said, said
+    return said
+
+
+FAR = {"logit-lens": {"depths": 99}, "latent-lens": {"depths": [99]}, "eigenscore": {"depth": 99}, "sensitivity": {"depth": 99}, "thinking-path": {"depth": 99}, "attribution": {"reply": 999},
+       "sources": {"reply": 999}, "occlusion": {"token": 999}, "token-gradients": {"reply": 999}, "influence": {"places": [(0, 999)]}, "looking": {"ways": "away"}, "faithfulness": {"methods": ["guess"]},
+       "forks": {"share": 7.0}, "layer-gradients": {"segment": "tail"}, "trial-update": {"how": "luck"}, "entropy-bands": {"quantiles": 9}}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_value_out_of_range_is_one_sentence(name, recorded):
+    ask_with(PROBES[name], recorded, **FAR[name])
+
+
+def test_a_single_value_stands_for_a_list(recorded):
+    assert set(PROBES["logit-lens"](recorded, depths=1).table["depth"]) == {1}
+    assert set(PROBES["looking"](recorded, ways="blur").table["way"]) == {"blur"}
+
+
+def test_a_fault_of_the_probes_own_is_not_the_users(trainer):
+    broken = Probe("broken", "does it break?", "policy", lambda scene, n=1: [][n], None, {"a": "number"}, "Nothing.")
+    with pytest.raises(IndexError):
+        broken(trainer)
+    with pytest.raises(ValueError, match="broken can't be asked with n=2: list index out of range"):
+        broken(trainer, n=2)
+
+
+@pytest.fixture(scope="session")
+def of_words(tmp_path_factory):
+    "A run without any picture."
+    return train(replace(LAW, task="text-sum"), tmp_path_factory.mktemp("probes") / "words")
+
+
+PICTURED = {"occlusion": {"grid": (4, 4)}, "attribution": {"baseline": "picture"}, "looking": {}, "visual-gain": {}, "latent-lens": {}}
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_where_there_is_no_picture_it_says_so(name, of_words):
+    assert "picture" in ask_with(PROBES[name], of_words, **PICTURED[name])
+    policy = scene_of(of_words).policy
+    ids = [*policy.tokens("5"), policy.eos]
+    trace = Trace("words", prompt="2+3=", pieces=[policy.piece(t) for t in ids], ids=ids)
+    assert "picture" in ask_with(PROBES[name], (policy, trace), **PICTURED[name])
+
+
+@pytest.mark.parametrize("name", ["occlusion", "attribution"])
+def test_words_alone_can_be_asked_about(name, of_words):
+    table = PROBES[name](of_words).table
+    assert len(table) and (table["picture"] < 0).all()
+
+
+# --- watchers ---
+def test_watchers_write_into_the_log_and_change_nothing(recorded, tmp_path):
+    config = replace(LAW, steps=7, record="small", watch="looking, geometry", checkpoint=3, keep=0)
+    plain, watched = train(replace(config, watch=None), tmp_path / "plain"), train(config, tmp_path / "watched")
+    mine = [c for c in watched.metrics if c.startswith(("looking/", "states/"))]
+    assert {"looking/gain", "looking/prior", "states/drift", "states/rank"} <= set(mine)
+    assert watched.metrics[mine].notna().all(axis=1).tolist() == [True, False, False, False, False, True, False]
+    same_log = lambda a, b, drop=(): a.drop(columns=[c for c in a if c.startswith(("time/", "cpu/")) or c in drop]).equals(b.drop(columns=[c for c in b if c.startswith(("time/", "cpu/")) or c in drop]))
+    assert same_log(plain.metrics, watched.metrics, mine)
+    weights = lambda run: load_policy(str(run.folder)).weights()
+    assert all(torch.equal(w, weights(plain)[n]) for n, w in weights(watched).items())
+    for late in ("000006", "000007"):
+        shutil.rmtree(watched.folder / "checkpoints" / late)
+    whole = watched.metrics
+    assert same_log(whole, resume(watched.folder).metrics), "a resumed run goes on recording, against the same first frame"
+
+
+@pytest.mark.parametrize("watch, says", [("lookin", "did you mean looking"), ("nothing at all", "known: film, geometry, looking")])
+def test_an_unknown_watcher_is_refused_before_anything_is_written(watch, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        train(replace(LAW, watch=watch), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="have none"):
+        train(replace(LAW, task="text-sum", watch="looking"), tmp_path / "run")
+    with pytest.raises(ValueError, match="is a lesson and draws none"):
+        train(replace(LAW, recipe="sft", watch="film"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_column_names_what_records_it(recorded):

@@ -45,6 +45,7 @@ class Config:
     device: str = "auto"         # auto, cpu or what torch calls it
     dtype: str = "float32"       # float32 or bfloat16: of the weights
     checkpointing: bool = False  # activations are computed twice to save memory
+    watch: str = None            # watchers with commas: they write into the log and change no weight
     parent: str = None           # of a fork: FOLDER@STEP
     format: int = FORMAT
 

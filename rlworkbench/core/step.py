@@ -138,9 +138,13 @@ def put(
         value = getattr(part, name)
         if value is None:
             continue
+        values = value if isinstance(value, tuple) else (value,)
         if getattr(step, name) is None:
-            setattr(step, name, value.new_zeros((len(step), *value.shape[1:])))
-        getattr(step, name)[part.rows] = value.detach()
+            fresh = tuple(v.new_zeros((len(step), *v.shape[1:])) for v in values)
+            setattr(step, name, fresh if isinstance(value, tuple) else fresh[0])
+        into = getattr(step, name)
+        for there, v in zip(into if isinstance(value, tuple) else (into,), values):
+            there[part.rows] = v.detach()
 
 # %% ../../nbs/core/02_step.ipynb #c014
 def detached(

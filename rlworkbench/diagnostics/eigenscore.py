@@ -8,12 +8,13 @@ __all__ = ['spread_of_replies', 'covariance', 'eigenscore', 'log_series', 'large
 
 # %% ../../nbs/diagnostics/11_eigenscore.ipynb #c002
 import math
+from dataclasses import replace
 
 import pandas as pd
 import torch
 
 from ..core.seeds import generator
-from ..core.step import Step
+from ..core.step import Step, take
 from ..policies.layers import layer_states
 from ..rollouts.sampler import sample
 from ..show.curves import bars_svg
@@ -140,9 +141,11 @@ def measure_eigenscore(
     where: str="last",       # last or mean
     centre: str="replies",   # replies or features
     alpha: float=1e-3,
+    problems: int=24,        # the first so many
 ) -> pd.DataFrame:           # one row per problem
     "Spread of the replies to each problem."
-    step = several(scene, draw)
+    among = scene.step.group.unique()[:problems]
+    step = several(replace(scene, step=take(scene.step, torch.isin(scene.step.group, among))), draw)
     vectors, rows = reply_vectors(scene.policy, step, depth, where), []
     for g in step.group.unique().tolist():
         here = (step.group == g).nonzero()[:, 0]
@@ -165,4 +168,4 @@ spread_of_replies = Probe(
     {"problem": "its id", "replies": "how many, K", "distinct": "different texts among them", "eigenscore": "mean log10 eigenvalue of the covariance of the replies' states",
      "above": "decades above identical replies", "estimate": "Efficient EigenScore with its bound added", "right": "share of right replies, if known"},
     "Tall bars are problems on which the policy guesses. A tall bar with many right replies says that it finds many ways; a short one with none right says that it is sure and wrong.",
-    cost="one forward pass; new replies are drawn where a problem has only one", paper="arXiv:2402.03744; arXiv:2410.15460")
+    cost="one forward pass over the replies to at most 24 problems (problems=); new replies are drawn where a problem has only one", paper="arXiv:2402.03744; arXiv:2410.15460")

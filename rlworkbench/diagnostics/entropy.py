@@ -103,7 +103,7 @@ QUANTILES = (.2, .5, .8, .95)
 
 def measure_bands(
     tokens: pd.DataFrame,
-    quantiles=QUANTILES,   # between 0 and 1
+    quantiles: list=QUANTILES,   # between 0 and 1
 ) -> pd.DataFrame:
     "Quantiles of the entropy of each step's tokens."
     if not all(0 <= q <= 1 for q in quantiles) or not quantiles:

@@ -137,7 +137,7 @@ def most_room(step: Step, room, n: int) -> list:   # of (row, position)
 # %% ../../nbs/diagnostics/03_influence.ipynb #c015
 def measure_influence(
     scene: Scene,
-    tokens: int=12,     # chosen: those with most room
+    tokens: int=8,      # chosen: those with most room
     replies: int=8,     # from which they are chosen
     where: str="",      # part of the names of weights
     places: list=None,  # of (reply, position), instead of a choice
@@ -177,7 +177,7 @@ influence = Probe(
     {"token": "its number in the choice", "reply": "its row in the step", "position": "in the reply", "words": "what stands before it, [it]", "other": "the other token", "other_reply": "its row", "other_position": "its place",
      "other_words": "its words", "cosine": "of the two gradients, -1 to 1", "dot": "their scalar product: change of one log-prob per unit of step along the other"},
     "The same branch of the same fork stands in blue blocks, the two branches of a fork are orange to each other. A blue pair whose replies have opposite advantages cancels in the update.",
-    cost="one forward pass, one backward pass per chosen token, and as many gradients in memory (12 by default)")
+    cost="one forward pass, one backward pass per chosen token, and as many gradients in memory (8 by default; tokens=12 shows more forks)")
 
 # %% ../../nbs/diagnostics/03_influence.ipynb #c023
 def move_for(policy: Policy, step: Step, lr: float, how: str) -> dict:   # {parameter: change}

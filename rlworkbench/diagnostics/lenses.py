@@ -37,7 +37,7 @@ def depth_allows(
 @torch.no_grad()
 def measure_logit_lens(
     scene: Scene,
-    depths=None,      # which; None: all
+    depths: list=None,  # which; None: all
     most: int = 4,    # replies
 ) -> pd.DataFrame:
     "One row per depth and token."
@@ -126,8 +126,8 @@ def text_bank(
     "A dictionary of states. Raises ValueError if there is no text."
     if not any(texts):
         raise ValueError("a dictionary needs at least one text that is not empty")
-    step = replies_as_step(policy, [replace(item, images=())], [policy.tokens(t) for t in dict.fromkeys(texts) if t])
-    step.group = torch.zeros(len(step.ids), dtype=torch.long)
+    ids = [policy.tokens(t) for t in dict.fromkeys(texts) if t]
+    step = replies_as_step(policy, [replace(item, images=())], ids, group=[0] * len(ids))
     states, counts, keep = layer_states(policy, step.prompts, step.group, step.ids, read=True)[1:].cpu().float(), {}, []
     pieces = [[policy.piece(t) for t in row[:n]] for row, n in zip(step.ids.tolist(), step.length.tolist())]
     for k, row in enumerate(pieces):
@@ -143,8 +143,8 @@ def text_bank(
 @torch.no_grad()
 def measure_latent_lens(
     scene: Scene,
-    texts=None,         # what the dictionary is made of; default: the replies of the scene
-    depths=None,        # of the picture tokens; None: all
+    texts: list=None,   # what the dictionary is made of; default: the replies of the scene
+    depths: list=None,  # of the picture tokens; None: all
     nearest: int = 3,   # tokens
     most: int = 2,      # problems
 ) -> pd.DataFrame:

@@ -54,7 +54,7 @@ def seeing(
 
 def ways_for(
     step: Step,
-    ways=None,    # names; None: all that can be asked
+    ways: list=None,  # names; None: all that can be asked
 ) -> tuple:
     "Ways of taking the picture away. Raises ValueError for one that does not exist."
     for way in ways or ():
@@ -79,8 +79,8 @@ def distributions(
 # %% ../../nbs/diagnostics/07_looking.ipynb #c012
 def measure_gain(
     scene: Scene,
-    ways=None,        # of taking the picture away: none, blank, blur, other; None: all that can be asked
-    most: int = 32,   # replies
+    ways: list=None,  # of taking the picture away: none, blank, blur, other; None: all that can be asked
+    most: int = 24,   # replies
 ) -> pd.DataFrame:
     "One row per token and way."
     policy, step = scene.policy, seeing(scene.step, most)
@@ -120,8 +120,8 @@ visual_gain = Probe(
 # %% ../../nbs/diagnostics/07_looking.ipynb #c017
 def measure_looking(
     scene: Scene,
-    ways=None,        # of taking the picture away; None: all that can be asked
-    most: int = 32,   # replies
+    ways: list=None,  # of taking the picture away; None: all that can be asked
+    most: int = 24,   # replies
 ) -> pd.DataFrame:
     "One row per reply and way."
     tokens = measure_gain(scene, ways, most)
@@ -162,7 +162,7 @@ class Looking:
         self.policy, self.every, self.way, self.most = policy, every, way, most
 
     def __call__(self, step: Step):
-        if step.phase in ("advantage", "fetch") and step.clock[0] % self.every == 0 and len(step):
+        if step.phase in ("advantage", "fetch") and step.clock[0] % self.every == 0 and any(step.items[g].images for g in step.group.tolist()):
             with as_it_was(self.policy):
                 found = measure_looking(Scene(self.policy, step), [self.way], self.most)
             step.metrics |= {"looking/gain": float(found["gain"].mean()), "looking/prior": float(found["prior"].mean())}

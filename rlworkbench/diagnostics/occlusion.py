@@ -106,14 +106,17 @@ def measure_occlusion(
     reply: int=0,
     token=None,          # a place, "answer", "reply"; None: the least likely token
     foil: str=None,      # what might have stood there
-    grid=(6, 6),         # rows and columns of windows over each picture
+    grid=None,           # rows and columns of windows over each picture; default 6 and 6
     span: int=None,      # tokens left out together; default: as many as make at most 48 stretches
 ) -> pd.DataFrame:
     "One row per window, per whole picture and per stretch of words."
-    if len(tuple(grid)) != 2 or min(grid) < 1 or (span is not None and span < 1):
+    item, _, ids = reply_of(scene, reply)
+    if grid is not None and not item.images:
+        raise ValueError(f"there is no picture to lay a grid over: the problem {item.id!r} is text only; leave grid out and words are taken away")
+    grid = (6, 6) if grid is None else grid
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid) or (span is not None and span < 1):
         raise ValueError(f"grid must be two whole numbers from 1 on and span at least 1, not {grid} and {span}")
     questions = ask(scene, reply, token, foil)
-    item, _, ids = reply_of(scene, reply)
     span = span or -(-reach(questions) // 48)
     table = pd.DataFrame([*without_windows(scene, reply, questions, tuple(grid)), *without_words(scene, reply, questions, span)])
     asked = [scene.policy.piece(t) for t in ids[questions[0].at].tolist()]

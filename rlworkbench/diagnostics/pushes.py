@@ -20,7 +20,7 @@ from .probe import Probe
 
 # %% ../../nbs/diagnostics/02_pushes.ipynb #c005
 def complete(tokens: pd.DataFrame) -> pd.DataFrame:
-    "What has not been through an update yet is as in its first pass: ratio and weight 1, nothing clipped; each token counts the same where no coefficient is known."
+    "What no recipe has read yet (replies of a policy) is taken as by the plainest one: ratio and weight 1, nothing clipped; each token counts the same."
     first_pass = {"ratio": 1.0, "weight": 1.0, "clipped": 0, "coef": 1 / tokens.groupby("step")["token"].transform("size")}
     return tokens.assign(**{k: v for k, v in first_pass.items() if k not in tokens})
 
@@ -78,7 +78,7 @@ pushes = Probe(
      "norm": "of the gradient at the logits of the position", "share": "of the sum of norms in the step", "probability": "of the token"},
     "Every token of a reply has the same advantage, and a few hold nearly all of the gradient: forks, and above all slips.", needs=PUSH_NEEDS, paper="arXiv:2602.15620")
 
-# %% ../../nbs/diagnostics/02_pushes.ipynb #c021
+# %% ../../nbs/diagnostics/02_pushes.ipynb #c022
 def measure_shares(
     tokens: pd.DataFrame,
     by: str,               # a column
@@ -107,7 +107,7 @@ def shares_by(by: str, asks: str, notice: str) -> Probe:
 pushes_by_segment = shares_by("segment", "which part of the reply does the update work on?", "Compare with the share of tokens. An answer that follows from the thinking has little room, so little gradient, however much it matters.")
 pushes_by_group = shares_by("group", "which problems does the update learn from?", "Groups at 0 are dead: their replies were all right or all wrong. One group above half of everything rules the step.")
 
-# %% ../../nbs/diagnostics/02_pushes.ipynb #c025
+# %% ../../nbs/diagnostics/02_pushes.ipynb #c026
 def measure_concentration(tokens: pd.DataFrame) -> pd.DataFrame:
     "The tokens of each step in order of their share, and what they hold together; thinned to about 100 points a step."
     parts = []
@@ -132,19 +132,20 @@ push_concentration = Probe(
     {"step": "number of the step", "tokens": "share of the tokens, largest first", "share": "of the gradient that they hold", "half": "tokens that hold half of the gradient"},
     "A curve in the corner means that a handful of tokens makes the update, and that a slip among them weighs as much as all the rest.", needs=PUSH_NEEDS)
 
-# %% ../../nbs/diagnostics/02_pushes.ipynb #c028
+# %% ../../nbs/diagnostics/02_pushes.ipynb #c029
 CORNERS = {(True, False): "settled", (True, True): "chosen fork", (False, True): "fork", (False, False): "slip"}   # (likely, unsure)
 
 
 def measure_quadrants(
     tokens: pd.DataFrame,
     likely: float=.5,      # probability from which a token is likely
-    unsure: float=.8,      # quantile of entropy from which a place is a fork
+    unsure: float=.8,      # quantile of entropy from which a place is a fork,
+    least: float=.3,       # but no place below so many nats is one
 ) -> pd.DataFrame:
     "Tokens with probability, entropy, corner and share."
     table = measure_pushes(tokens)
-    table["limit"] = table["entropy"].quantile(unsure)
-    forked = table["entropy"] >= table["limit"].clip(lower=1e-6)
+    table["limit"] = max(table["entropy"].quantile(unsure), least)
+    forked = table["entropy"] >= table["limit"]
     table["corner"] = [CORNERS[p >= likely, h] for p, h in zip(table["probability"], forked)]
     table["sign"] = np.sign(table["advantage"])
     return table
@@ -156,7 +157,7 @@ def corners_of(table: pd.DataFrame) -> pd.DataFrame:
     found = of.agg(tokens=("share", "size"), gradient=("share", "sum"), norm=("norm", "mean"), right=("sign", lambda s: (s > 0).mean()))
     return found.reindex([*CORNERS.values()]).fillna(0).assign(tokens=lambda t: t["tokens"] / len(table))
 
-# %% ../../nbs/diagnostics/02_pushes.ipynb #c029
+# %% ../../nbs/diagnostics/02_pushes.ipynb #c030
 def draw_quadrants(table: pd.DataFrame, most: int=500) -> Drawing:
     "The tokens with the largest norms, up where praised and down where blamed; what each corner holds."
     shown = table.sort_values("norm", ascending=False).head(most)
@@ -180,10 +181,10 @@ def draw_quadrants(table: pd.DataFrame, most: int=500) -> Drawing:
 push_quadrants = Probe(
     "push-quadrants", "is the gradient spent on forks, or on slips?", "tokens", measure_quadrants, draw_quadrants,
     {"step": "number of the step", "reply": "its row in the step", "position": "in the reply", "piece": "the text of the token", "probability": "of the token", "entropy": "of its place, nats", "corner": "settled, chosen fork, fork or slip",
-     "limit": "entropy of a fork, nats", "sign": "of the advantage", "share": "of the gradient in the step"},
+     "limit": "entropy from which a place is a fork, nats; about 0.3: a second choice with a chance of one in ten", "sign": "of the advantage", "share": "of the gradient in the step"},
     "Slips are few and their gradients the longest. Praised slips (up, bottom left) are the spurious tokens of STAPO; blamed ones are mistakes being unlearned.", needs=(*PUSH_NEEDS, "entropy"), paper="arXiv:2602.15620")
 
-# %% ../../nbs/diagnostics/02_pushes.ipynb #c032
+# %% ../../nbs/diagnostics/02_pushes.ipynb #c033
 REASONS = ("learns", "no advantage", "silenced", "clipped above", "clipped below")
 
 

@@ -22,6 +22,7 @@ INSIDE = {     # the same for probes that need the policy, and so take seconds
     "Does it look at the picture?": ("looking", "visual-gain"),
     "Its hidden states": ("geometry", "thinking-path", "logit-lens"),
     "Does it know what it knows?": ("eigenscore",),
+    "Is its latent space stable?": ("latent-divergence", "latent-leakage", "latent-slots", "latent-collapse", "latent-clouds", "latent-noise", "latent-sensitivity", "latent-words"),
     "On the way to trouble?": ("attention-logits", "output-logits", "gradient-sizes", "layer-gradients"),
 }
 

@@ -85,7 +85,7 @@ def asked(
 @torch.no_grad()
 def measure_sensitivity(
     scene: Scene,
-    changes=None,       # patches, picture, words, problem; None: all that can be made
+    changes: list=None, # patches, picture, words, problem; None: all that can be made
     depth: int = -1,    # which layer's states
     seed: int = 0,
     most: int = 16,     # replies

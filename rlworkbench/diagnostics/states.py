@@ -167,8 +167,9 @@ class Film:
         every: int = 1,      # steps
         depth: int = -1,
         most: int = 16,      # replies
+        keep: bool = True,   # all frames; False: the first one only, for long runs
     ):
-        self.policy, self.every, self.depth = policy, every, depth
+        self.policy, self.every, self.depth, self.keep = policy, every, depth, keep
         self.step = take(step, torch.arange(min(most, len(step))))
         self.mask = torch.arange(self.step.ids.shape[1]) < self.step.length.cpu()[:, None]
         self.frames = {}      # {number of updates made: (N,T,D)}
@@ -186,6 +187,8 @@ class Film:
     def __call__(self, step: Step):
         if step.phase in ("advantage", "fetch") and step.clock[0] % self.every == 0:
             step.metrics |= self.read(self.take(step.clock[0]))
+            if not self.keep:
+                self.frames = dict([*self.frames.items()][:1])
 
 
 def drift_of(now, before, mask) -> float:

@@ -16,12 +16,18 @@ import pandas as pd
 from ..show.axes import text
 from ..show.palette import Drawing, drawing, number, paint
 from .probe import Probe
-from .rules import RULES, stale, trend
+from .rules import RULES, evaluated, stale, trend
 
 # %% ../../nbs/diagnostics/22_why.ipynb #c005
 def learning(log) -> dict:
-    "Did it learn? The first row of the page."
+    "Did it learn? The first row of the page: held-out problems decide, where the run has asked them before and after; else the training batches."
     blank = {"from_step": int(log["step"].iloc[0]), "to_step": int(log["step"].iloc[-1]), "lesson": "tutorials/01_first_run", "advice": ""}
+    if held := evaluated(log):
+        z = max((z for *_, z in held.values()), key=abs)
+        said = "it learned" if z > 1.96 else "it got worse" if z < -1.96 else "not seen"
+        evidence = "; ".join(f"{k} {number(a)} → {number(b)}, {number(z, True, 2)} standard errors" for k, (a, b, z) in held.items())
+        train = f"; in training {trend(log['correct'])}" if "correct" in log else ""
+        return blank | {"rule": "did it learn?", "verdict": said, "evidence": f"right replies to held-out problems: {evidence}{train}", "curve": tuple(log["correct"].astype(float)) if train else ()}
     if "correct" not in log or len(log) < 6:
         why = "the log has no correct" if "correct" not in log else f"needs 6 steps, there are {len(log)}"
         return blank | {"rule": "did it learn?", "verdict": "can't say", "evidence": why, "curve": ()}
@@ -75,15 +81,19 @@ def draw_why(table: pd.DataFrame) -> Drawing:
     found, other = rest[rest["verdict"] != "not found"], rest[rest["verdict"] == "not found"]
     n = int((rest["verdict"] == "found").sum())
     title = f"{top.rule.capitalize()} {top.verdict.capitalize()}. {'Nothing' if not n else f'{n} thing' + 's' * (n > 1)} found that may be wrong."
-    out, y = [text(title, 14, 26, more=f'font-weight="600" font-size="14" {paint("ink")}'), text(top.evidence, 14, 46)], 64
+    above = wrap(top.evidence, 112)
+    out = [text(title, 14, 26, more=f'font-weight="600" font-size="14" {paint("ink")}'), *(text(line, 14, 46 + 17 * k) for k, line in enumerate(above))]
+    y = 47 + 17 * len(above)
     for row in found.itertuples():
         shapes, tall = entry(row, top.from_step, top.to_step, y)
         out, y = out + shapes, y + tall
     if len(other):
         out.append(text("Looked for and not found", 14, y + 16, more=f'font-weight="600" {paint("soft")}'))
-    for k, row in enumerate(other.itertuples()):
-        out += [text(row.rule, 36, y + 36 + 17 * k), text(row.evidence if len(row.evidence) < 84 else row.evidence[:82] + "…", 220, y + 36 + 17 * k)]
-    return drawing(out, 760, y + 44 + 17 * len(other), "why did it not learn")
+    for row in other.itertuples():
+        lines = wrap(row.evidence, 84)
+        out += [text(row.rule, 36, y + 36), *(text(line, 220, y + 36 + 17 * k) for k, line in enumerate(lines))]
+        y += 17 * len(lines)
+    return drawing(out, 760, y + 44, "why did it not learn")
 
 
 why = Probe(

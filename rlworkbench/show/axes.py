@@ -188,7 +188,8 @@ def grid(
 def room(lines: list, bands: dict, above: float, below: float, width: int, height: int) -> Frame:
     "The box that remains when titles, ticks and names have their place."
     edges = [v for low, high in bands.values() for v in (*low, *high)]
-    y = span([v for _, _, ys in lines for v in ys] + edges)
+    there = [v for _, _, ys in lines for v in ys] + edges
+    y = span(there) if any(v and not math.isnan(v) for v in there) else (0.0, 1.0)       # what is 0 throughout lies on the axis
     y = (y[0] - .04 * (y[1] - y[0]) if y[0] else 0.0, y[1] + .04 * (y[1] - y[0]))
     left = 22 + 6.8 * max(map(len, tick_labels(ticks(*y))))
     right = 16 + max((22 + 7 * len(shorten(name)) for name, _, _ in lines if name), default=0)

@@ -153,13 +153,13 @@ def token_html(strip: Strip, i: int) -> str:
     classes = " ".join(f"rlw-{c}" for c in ("t", name, *strip.marks[i]) if c)
     style = f' style="--a:{percent}"' if percent else ""
     end = "<br>" if strip.pieces[i].endswith("\n") else ""
-    return f'<span class="{classes}"{style} title="{hover(strip, i)}">{faint(visible(strip.pieces[i]), "i")}</span>{end}'
+    return f'<span class="{classes}"{style} data-i="{i}" title="{hover(strip, i)}">{faint(visible(strip.pieces[i]), "i")}</span>{end}'
 
 
 def legend_html(strip: Strip) -> str:
     "The legend as a row of samples."
     def key(small, before, after):
-        tokens = re.sub(' title="[^"]*"', "", "".join(token_html(small, i) for i in range(len(small))))
+        tokens = re.sub(' (title|data-i)="[^"]*"', "", "".join(token_html(small, i) for i in range(len(small))))
         said = " rlw-said" if any(small.marks) else ""
         return f'<span>{before} <span class="rlw-key{said}" aria-hidden="true">{tokens}</span> {after}</span>'
     return "".join(key(*entry) for entry in legend(strip))
