@@ -15,13 +15,14 @@ import pytest
 from rlworkbench.cli.main import main
 from rlworkbench.core.registry import recipes
 from rlworkbench.recipes.recipe import Lesson
-from rlworkbench.training.beds import base_policy
+from rlworkbench.training.beds import VARIANTS, base_policy
 from rlworkbench.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 USUAL = ("verbose-sum", "micro-verbose")
 BEDS = {**dict.fromkeys(("justrl", "stapo", "stapo_probability", "stapo_entropy", "stapo_random", "clip_cov", "kl_cov"), ("synonyms", "micro-synonyms")),
-        "route_diversity": ("route-sum", "micro-routes"), "observe_r1": ("digits-sum-levels", "tiny"), "rif": ("digits-sum-1", "tiny")}
+        "route_diversity": ("route-sum", "micro-routes"), "observe_r1": ("digits-sum-levels", "tiny"), "rif": ("digits-sum-1", "tiny"),
+        **dict.fromkeys(("drift", "drift_random"), ("digits-chains", "tiny-reader"))}
 CASES = [(name, *where) for name in recipes.all() for where in (BEDS.get(name, USUAL), ("digits-sum", "tiny"))]
 
 
@@ -52,8 +53,8 @@ def looked_at(out, recipe, steps=20):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe,task,policy", CASES, ids=lambda x: x)
 def test_twenty_steps(recipe, task, policy, tmp_path):
-    if policy.startswith("micro-"):
-        base_policy(policy)
+    for variant in (v for v in VARIANTS if v == policy or v in str(recipes.get(recipe))):
+        base_policy(variant)
     code, said, _ = trained(recipe, task, policy, tmp_path / "run")
     assert code == 0, said
     assert json.loads(said.splitlines()[-1])["steps"] == 20

@@ -75,7 +75,7 @@ def in_short(
 # %% ../../nbs/claims/10_index.ipynb #c014
 def paper_index() -> pd.DataFrame:
     "Paper, recipe, slots changed, notebook, claim, verdict: one row for each method and claim; methods in the order of their notebooks."
-    where = defined("rlworkbench.recipes") | defined("rlworkbench.claims")
+    where = defined("rlworkbench.recipes") | defined("rlworkbench.latent") | defined("rlworkbench.claims")
     methods = sorted(recipes.all().values(), key=lambda m: (where.get(id(m), "~"), list(recipes.all()).index(m.name)))
     stated = sorted(claims.all().values(), key=lambda c: (where.get(id(c), "~"), c.name))
     rows, told = [], {c.name: about(c, methods) for c in stated}

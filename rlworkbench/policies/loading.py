@@ -156,3 +156,9 @@ def load_hugging(
     policy = HuggingPolicy.special.get(config.model_type, HuggingPolicy)(model, processor, Path(str(source)).name)
     policy.source = str(Path(source).resolve()) if Path(str(source)).is_dir() else str(source)
     return policy
+
+# %% ../../nbs/policies/04_loading.ipynb #c011
+@patch
+def saved(self: HuggingPolicy, folder) -> dict:
+    "The weights that `save_into` wrote, by name."
+    return load_hugging(folder).weights()

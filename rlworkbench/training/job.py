@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from ..core.files import write_json_lines
 from ..core.settings import use_threads
-from ..policies.loading import load_hugging
 from ..policies.lora import check_adapter
 from ..recipes.recipe import Lesson
 from ..rollouts.sampling import Sampling
@@ -148,7 +147,7 @@ def put_checkpoint(trainer: Trainer, folder: Path):
         if (folder / "adapter_model.safetensors").is_file():
             put_adapter(policy, load_file(folder / "adapter_model.safetensors"))
         elif hasattr(policy, "save_into"):
-            put_weights(policy.parameters(), load_hugging(folder).weights())
+            put_weights(policy.parameters(), policy.saved(folder))
         restore(trainer, state)
     except (ValueError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"the checkpoint {folder} can't be taken up: {str(e).splitlines()[0]}") from e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUPPLIED', 'ASKED', 'COLUMNS', 'ROWS', 'check_needs', 'check', 'check_items', 'minibatches', 'fault', 'checked',
            'forwarded', 'prepare', 'surround', 'policy_loss', 'losses', 'term_loss', 'checked_gradient', 'chosen',
-           'specs']
+           'specs', 'around']
 
 # %% ../../nbs/training/02_loss.ipynb #c002
 import operator
@@ -83,7 +83,7 @@ def minibatches(
         yield torch.isin(step.group, part).nonzero()[:, 0]
 
 # %% ../../nbs/training/02_loss.ipynb #c013
-COLUMNS = ("logp", "entropy", "collision", "ratio", "weight", "surrogate", "penalty", "coef", "clipped", "kl")
+COLUMNS = ("logp", "entropy", "collision", "ratio", "weight", "surrogate", "penalty", "coef", "clipped", "kl", "latent", "prior", "posterior")
 
 
 ROWS = {"shape": ("(N,)", "(N,T)"), "keep": ("(N,)",), "advantage": ("(N,)", "(N,T)")}    # what other slots than (N,T) may return
@@ -215,3 +215,10 @@ def specs(recipe) -> list:
     "Every Spec in a method, those inside terms included."
     parts = [x for v in recipe.slots().values() for x in (v, getattr(v, "tokens", None), getattr(v, "normalise", None), getattr(v, "scale", None))]
     return [p for p in parts if isinstance(p, Spec)]
+
+
+def around(recipe, policy, seed: int):
+    "The policy that a method trains: a slot with a method `around(policy, seed)` may lay parts of its own over the one it is given."
+    for s in specs(recipe):
+        policy = s.around(policy, seed) if hasattr(s, "around") else policy
+    return policy

@@ -48,6 +48,7 @@ def token_table(
     for name in ("correct", "reward", "advantage"):
         if getattr(step, name) is not None:
             table[name] = at(getattr(step, name))
+    table |= {f"rewards/{name}": at(part) for name, part in (step.rewards or {}).items()}
     return pd.DataFrame(table | {name: at(getattr(step, name)) for name in PER_TOKEN if getattr(step, name) is not None})
 
 # %% ../../nbs/training/07_run.ipynb #c007

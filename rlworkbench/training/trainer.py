@@ -19,8 +19,8 @@ from ..recipes.recipe import Recipe
 from ..tasks.task import Task
 from .checkpoint import restore, state_of
 from .collect import collect_replies, fetch, validation_gradient
-from .health import EntropyAlarm, KLAlarm, StopRun, update_health
-from .loss import COLUMNS, check, check_items, checked_gradient, losses, minibatches, prepare, specs, surround
+from .health import EntropyAlarm, KLAlarm, StopRun, first_health, update_health
+from .loss import COLUMNS, around, check, check_items, checked_gradient, losses, minibatches, prepare, specs, surround
 
 # %% ../../nbs/training/05_trainer.ipynb #c005
 class Trainer:
@@ -50,6 +50,7 @@ class Trainer:
         for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        policy = around(recipe, policy, seed)
         check_items(recipe, task, policy)
         self.policy, self.task, self.recipe, self.size, self.micro, self.seed = policy, task, recipe, (prompts, group), micro, seed
         self.clip, self.health, self.tau, self.every, self.steps = clip, health, tau, every, steps
@@ -133,6 +134,8 @@ def learn(self: Trainer, step: Step, last: bool):
     with self.phase("forward", step):
         self.forward(batch, chunks)
         put(step, batch, *COLUMNS)
+        if self.health and step.epoch == step.batch == 0:
+            step.metrics |= first_health(batch)
     yield step
     with self.phase("loss", step):
         step.terms, step.grads = {}, {}
@@ -167,7 +170,7 @@ def forward(self: Trainer, batch: Step, chunks: list):
     else:
         surround(batch)
 
-
+# %% ../../nbs/training/05_trainer.ipynb #c010
 @patch
 def backward(self: Trainer, step: Step, terms: dict):
     "Add the gradients of these terms to `step.grads`, apart where the gradient slot asks for it."
@@ -184,7 +187,7 @@ def backward(self: Trainer, step: Step, terms: dict):
             if g is not None:
                 into[p] = into[p] + g if p in into else g
 
-# %% ../../nbs/training/05_trainer.ipynb #c010
+# %% ../../nbs/training/05_trainer.ipynb #c011
 @patch
 def shape_gradient(self: Trainer, step: Step):
     "The gradient slot, then clipping."
@@ -220,7 +223,7 @@ def update(self: Trainer, step: Step, last: bool):
     if self.health and last:
         step.metrics |= update_health(step)
 
-# %% ../../nbs/training/05_trainer.ipynb #c022
+# %% ../../nbs/training/05_trainer.ipynb #c025
 @patch
 def back(self: Trainer,
     k: int=1,    # steps

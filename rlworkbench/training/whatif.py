@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['stand_in', 'kept_before', 'next_replies', 'held', 'forwarded', 'reading_of', 'asked', 'remarks', 'whereabouts',
-           'look', 'consequences']
+           'own_reading', 'next_tokens', 'look', 'consequences']
 
 # %% ../../nbs/training/17_whatif.ipynb #c002
 import copy
 from dataclasses import replace
 
+import pandas as pd
 import torch
 from fastcore.basics import patch
 
@@ -23,6 +24,7 @@ from .collect import collect_replies
 from .comparison import WhatIf
 from .loss import specs
 from .readings import Reading, distinct, ignored, judge, on_these_replies, read, shares_forward, supply
+from .run import token_table
 from .trainer import Trainer
 
 # %% ../../nbs/training/17_whatif.ipynb #c005
@@ -124,6 +126,24 @@ def whereabouts(trainer: Trainer, step: Step, past) -> str:
     return f"{name}, before its update" if past is not None or not (step.epoch or done) else f"{name}, pass {step.epoch + 1}, after {done} of its minibatches"
 
 # %% ../../nbs/training/17_whatif.ipynb #c013
+def own_reading(trainer: Trainer) -> Reading:
+    "What a trainer's own recipe makes of the replies that it draws next, all of them one batch, before any update: log-probs, ratio, weight, coefficient, what is clipped, pushes."
+    with undisturbed():
+        (_, recipe), = asked(trainer, ()).values()
+        step, stand = next_replies(trainer), stand_in(trainer)
+        whole = supply(stand, recipe, step, {})
+        parts = [part for _, part in scored(trainer.policy, step, torch.arange(len(step)), stand.micro, False)]
+        usual = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("logp", "entropy", "collision")}
+        return reading_of(recipe, recipe, whole, forwarded(trainer.policy, recipe, whole, usual), stand.memory)
+
+
+def next_tokens(trainer: Trainer) -> pd.DataFrame:
+    "The same as a table, one row per token; the column push has every term of the loss in it."
+    found = own_reading(trainer)
+    table = token_table(trainer.policy, found.batch)
+    return table.assign(push=found.push.cpu().numpy()[table["reply"], table["position"]])
+
+# %% ../../nbs/training/17_whatif.ipynb #c014
 def look(stand: Trainer, step: Step, named: dict, trial: bool, effects: bool) -> tuple:
     "Everything that needs the policy: fields of a WhatIf, by name."
     policy, own, cache = stand.policy, stand.recipe, {}
@@ -155,7 +175,7 @@ def consequences(stand: Trainer, final: dict, logp, score_all, trial: bool, effe
                 out["true"][name] = score_all() - logp
     return out
 
-# %% ../../nbs/training/17_whatif.ipynb #c014
+# %% ../../nbs/training/17_whatif.ipynb #c015
 @patch
 def whatif(self: Trainer,
     *recipes,            # names or Recipes, compared with the trainer's own
