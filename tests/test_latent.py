@@ -1,0 +1,373 @@
+"""Latent policies: where gradients go, three kinds of model, checkpoints, runs from the command line, bad input, probes."""
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rlworkbench.cli.main import main
+from rlworkbench.core.config import Config
+from rlworkbench.core.registry import policies, probes, recipes, tasks
+from rlworkbench.core.seeds import generator
+from rlworkbench.core.step import Step
+from rlworkbench.latent.amvl import ABLATIONS, amvl, forward_kl, reverse_kl, variational, with_slots
+from rlworkbench.latent.gaussian import drawn, kl, noise_of
+from rlworkbench.latent.policy import LatentPolicy
+from rlworkbench.latent.readings import leakage, sides, think
+from rlworkbench.latent.saving import load_latent
+from rlworkbench.policies.families import family
+from rlworkbench.policies.micro import MICROS, random_micro
+from rlworkbench.policies.tiny import load_tiny, random_tiny
+from rlworkbench.recipes.recipe import Lesson
+from rlworkbench.rollouts.sampler import sample
+from rlworkbench.rollouts.sampling import Sampling
+from rlworkbench.tasks.silent import digits_sum_silent, verbose_sum_silent
+from rlworkbench.training.choices import load_policy, new_trainer
+from rlworkbench.training.evaluate import evaluate
+from rlworkbench.training.job import resume, train
+from rlworkbench.training.run import Run
+from rlworkbench.training.supply import demonstrations
+from rlworkbench.training.trainer import Trainer
+
+BASES = {"micro": (lambda: random_micro(MICROS["micro-verbose"]), verbose_sum_silent), "tiny": (random_tiny, digits_sum_silent), "qwen": (lambda: family("qwen"), digits_sum_silent)}
+every_base = pytest.mark.parametrize("base", BASES)
+LATENT = [p for p in probes.all().values() if {"latent", "prior", "posterior"} <= set(p.needs)]
+SILENT = Config(recipe="amvl", task="digits-sum-silent", policy="random-tiny", steps=4, prompts=4, lr=1e-3, evaluate=0, checkpoint=2, threads="1")
+
+
+def stepped(lesson, policy, task, n=4, clock=(45, 100)):
+    "A step of demonstrations behind the lesson's forward."
+    step = demonstrations(policy, task.items()[:n])
+    step.clock = clock
+    lesson.forward(policy, step)
+    return step
+
+
+def forwarded(base, lesson=amvl, slots=3, width=5):
+    make, task = BASES[base]
+    policy = LatentPolicy(make(), slots, width)
+    with torch.no_grad():
+        policy.parts.posterior.weight.normal_(0, .1, generator=torch.Generator().manual_seed(1))
+    return policy, stepped(with_slots(lesson, slots, width), policy, task)
+
+
+def gradients(policy, loss) -> dict:
+    named = policy.parameters()
+    return {n: g for n, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)) if g is not None and g.abs().sum() > 0}
+
+
+# --- divergences and gradients
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_divergence_is_that_of_torch(seed):
+    a, b = ([x.double() for x in torch.randn(2, 4, 3, 6, generator=torch.Generator().manual_seed(seed + 10 * k))] for k in range(2))
+    normal = lambda law: torch.distributions.Normal(law[0], (law[1] / 2).exp())
+    theirs = torch.distributions.kl_divergence(normal(a), normal(b)).sum(-1)
+    assert torch.allclose(kl(tuple(a), tuple(b)), theirs, atol=1e-10)
+
+
+@every_base
+def test_where_a_gradient_may_not_go(base):
+    policy, step = forwarded(base)
+    found = {"ntp": gradients(policy, -(step.logp * step.mask).sum()), "forward": gradients(policy, forward_kl(step).sum()), "reverse": gradients(policy, reverse_kl(step).sum())}
+    head = {side: {f"latent.{side}.weight", f"latent.{side}.bias"} for side in ("prior", "posterior")}
+    assert not head["prior"] & {*found["ntp"]} and not head["posterior"] & {*found["forward"]} and not head["prior"] & {*found["reverse"]}
+    assert head["posterior"] <= {*found["ntp"]} and head["prior"] <= {*found["forward"]} and head["posterior"] <= {*found["reverse"]}
+    assert "latent.up.weight" in found["ntp"] and "latent.up.weight" not in {*found["forward"], *found["reverse"]}
+    assert not [n for f in found.values() for n in f if "vision" in n or "visual" in n or "projector" in n]
+
+
+@every_base
+def test_gradients_agree_with_differences(base):
+    policy, _ = forwarded(base)
+    policy.model.double(), policy.parts.double(), policy.pictures.kept.clear()
+    task, lesson = BASES[base][1], with_slots(amvl, 3, 5)
+
+    def loss():
+        step = stepped(lesson, policy, task)
+        return -(step.logp * step.mask).sum() / step.mask.sum()
+    weight = policy.parts.posterior.weight
+    slope, = torch.autograd.grad(loss(), weight)
+    at = np.unravel_index(int(slope.abs().argmax()), slope.shape)
+    with torch.no_grad():
+        values = []
+        for eps in (1e-3, -2e-3):
+            weight[at] += eps
+            values.append(float(loss()))
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(float(slope[at]), rel=2e-2)
+
+
+def test_the_prior_is_blind_to_the_answer_and_the_posterior_is_not():
+    policy, _ = forwarded("micro")
+    items = verbose_sum_silent.items()[:3]
+    one, two = (think(policy, [replace(i, demo=d) for i in items]) for d in ("<answer>12</answer>", "<answer>31</answer>"))
+    assert torch.equal(one.prior[0], two.prior[0]) and (one.posterior[0] - two.posterior[0]).abs().amax((1, 2)).min() > 1e-4
+
+
+@every_base
+def test_batch_order_and_padding_change_no_number(base):
+    policy, _ = forwarded(base)
+    items = BASES[base][1].items()[:4]
+    items = [replace(items[0], demo="<answer>1</answer>"), *items[1:]]
+    together, turned = think(policy, items), think(policy, items[::-1])
+    for name in ("prior", "posterior"):
+        for a, b in zip(getattr(together, name), getattr(turned, name)):
+            assert torch.allclose(a, b.flip(0), atol=2e-5)
+    alone = think(policy, items[:1])
+    assert torch.allclose(alone.posterior[0][0], together.posterior[0][0], atol=2e-5) and torch.allclose(alone.latent[0], together.latent[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8, 16])
+def test_any_number_of_slots(slots):
+    trainer = Trainer(random_micro(MICROS["micro-verbose"]), verbose_sum_silent, with_slots(amvl, slots, 8), prompts=3, lr=1e-3, steps=2)
+    step = trainer.step()
+    assert step.latent.shape == (3, slots, 8) and step.prior[0].shape == step.posterior[1].shape == (3, slots, 8) and torch.isfinite(step.latent).all()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_trains_what_it_says(name):
+    trainer = Trainer(random_micro(MICROS["micro-verbose"]), verbose_sum_silent, ABLATIONS[name], prompts=4, lr=1e-3, steps=20)
+    before = {n: w.detach().clone() for n, w in trainer.policy.weights().items()}
+    rows = trainer.fit(10)
+    moved = {n for n, w in trainer.policy.weights().items() if not torch.equal(w, before[n])}
+    named = {t.name for t in ABLATIONS[name].terms}
+    assert {k.partition("/")[2] for k in rows[-1] if k.startswith("loss/")} == named
+    assert ("latent.prior.weight" in moved) == bool({"forward_kl", "elbo_kl"} & named)
+    assert ("latent.up.weight" in moved) == ("next_token" in named)
+
+
+# --- a policy like any other
+
+@every_base
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_sampled_and_scored_under_one_law(base, heat):
+    from rlworkbench.rollouts.scorer import score
+    make, task = BASES[base]
+    policy, items, law = LatentPolicy(make(), 3, 5, heat), task.items()[:3], Sampling(max_tokens=6)
+    step = Step(items=items, group=torch.tensor([0, 0, 1, 2, 2]), prompts=policy.encode(items), generator=generator(0, "t"))
+    sample(policy, step, law)
+    with torch.no_grad():
+        assert (score(policy, step, law)["logp"] - step.old).abs().max() < 2e-5
+
+
+def test_grpo_trains_a_latent_policy():
+    trainer = new_trainer(Config(recipe="grpo", task="digits-sum", policy="latent:random-tiny,slots=2,width=4,heat=1", prompts=2, group=4, lr=1e-3, evaluate=0, max_tokens=6))
+    rows = trainer.fit(2)
+    assert np.isfinite([r["loss"] for r in rows]).all()
+
+
+def test_a_copy_is_independent():
+    policy = LatentPolicy(random_tiny(), 2, 4)
+    other, items = policy.copy(), digits_sum_silent.items()[:2]
+    with torch.no_grad():
+        before = other.prefill(other.encode(items)).hidden.clone()
+        for w in policy.weights().values():
+            w.mul_(1.5)
+        assert torch.equal(other.prefill(other.encode(items)).hidden, before)
+        assert not torch.allclose(policy.prefill(policy.encode(items)).hidden, before)
+
+
+def test_pictures_are_looked_at_once_and_only_while_the_vision_part_rests():
+    policy = LatentPolicy(random_tiny(), 2, 4)
+    seen = []
+    policy.body.vision_tower.register_forward_hook(lambda *a: seen.append(1))
+    prompts = policy.encode(digits_sum_silent.items()[:4])
+    for _ in range(3):
+        policy.prefill(prompts)
+    assert len(seen) == 1 and len(policy.pictures.kept) == 4
+    learning = LatentPolicy(random_tiny(), 2, 4, vision=True)
+    assert learning.pictures is None and any("vision" in n for n in learning.parameters())
+    assert not any("vision" in n for n in policy.parameters())
+
+
+# --- files
+
+@every_base
+def test_a_checkpoint_loads_again(base, tmp_path):
+    policy, _ = forwarded(base)
+    policy.save(tmp_path / "p")
+    again = load_policy(str(tmp_path / "p"))
+    assert {n: w.shape for n, w in again.weights().items()} == {n: w.shape for n, w in policy.weights().items()}
+    assert all(torch.equal(w, again.weights()[n]) for n, w in policy.weights().items())
+    assert not [f for f in (tmp_path / "p").iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
+    for asked in ({"slots": 4}, {"width": 6}):
+        with pytest.raises(ValueError, match="can't be changed after training"):
+            load_latent(tmp_path / "p", **asked)
+    (tmp_path / "p" / "latent.safetensors").unlink()
+    with pytest.raises(ValueError, match="is no checkpoint of a latent policy"):
+        load_policy(str(tmp_path / "p"))
+
+
+def test_a_run_is_resumed_to_the_bit_and_evaluated_with_its_prior(tmp_path):
+    whole = train(SILENT, tmp_path / "whole")
+
+    def stop(run, step):
+        if step.clock[0] == 2:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train(SILENT, tmp_path / "short", stop)
+    resumed = resume(tmp_path / "short")
+    timeless = [c for c in whole.metrics if not c.startswith(("time/", "cpu/"))]
+    one, two = (load_policy(str(r.folder)) for r in (whole, resumed))
+    assert isinstance(one, LatentPolicy) and one.heat == 0
+    assert all(torch.equal(w, two.weights()[n]) for n, w in one.weights().items())
+    assert len(timeless) > 5 and whole.metrics[timeless].equals(resumed.metrics[timeless])
+    found = evaluate(one, digits_sum_silent, 8, 8, k=2)
+    assert found == evaluate(two, digits_sum_silent, 8, 8, k=2)
+
+
+@pytest.mark.parametrize("policy,task", [("tiny", "digits-sum-silent"), ("micro-verbose", "verbose-sum-silent")])
+def test_from_the_command_line(policy, task, tmp_path, monkeypatch, capsys):
+    if policy.startswith("micro"):
+        from rlworkbench.training.beds import base_policy
+        base_policy(policy)
+    said = run(monkeypatch, capsys, "train", "--recipe", "amvl", "--task", task, "--policy", policy, "--steps", "2", "--prompts", "3", "--evaluate", "4", "--threads", "1",
+               "--out", str(tmp_path / "r"), "--json")
+    assert json.loads(said.splitlines()[-1])["steps"] == 2
+    assert {"loss/next_token", "loss/forward_kl", "loss/reverse_kl"} <= set(Run.open(tmp_path / "r").rows()[-1])
+    said = run(monkeypatch, capsys, "eval", str(tmp_path / "r"), "--n", "4", "--k", "2", "--threads", "1", "--json")
+    assert 0 <= json.loads(said.splitlines()[-1])["sampled"] <= 1
+
+
+def run(monkeypatch, capsys, *arguments, code=0) -> str:
+    monkeypatch.setattr(sys, "argv", ["rlworkbench", *arguments])
+    try:
+        main()
+        found = 0
+    except SystemExit as e:
+        found = e.code or 0
+    out = capsys.readouterr()
+    assert found == code, out
+    return out.out if code == 0 else out.err
+
+
+def test_list_shows_the_methods_with_their_papers(monkeypatch, capsys):
+    for name in ("amvl", "softcot", "softcot_pp", "dlr"):
+        assert "arXiv" in recipes.get(name).paper
+    said = run(monkeypatch, capsys, "list", "recipes")
+    assert "amvl" in said and "2607.00461" in said
+
+
+# --- bad input
+
+@pytest.mark.parametrize("name,says", [
+    ("latent:random-tiny,slots=0", "slots must be a whole number, 1 or more, got 0"), ("latent:random-tiny,slots=x", "slots must be a number, got 'x'"),
+    ("latent:random-tiny,width=-1", "width must be a whole number"), ("latent:random-tiny,heat=-1", "heat must be between 0 and 10"),
+    ("latent:random-tiny,source=posterior", "only the prior can be asked"), ("latent:table", "is no Hugging Face model"), ("latent:tinny", "did you mean tiny"),
+    ("latent:random-tiny,slotz=3", "did you mean slots")])
+def test_what_is_refused_by_name(name, says, monkeypatch, capsys, tmp_path):
+    said = run(monkeypatch, capsys, "train", "--policy", name, "--recipe", "sft", "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+    assert says in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("value,says", [(float("nan"), "is nan"), (float("inf"), "is"), (3e8, "is 3e+08")])
+def test_an_exploding_latent_names_slot_and_step(value, says):
+    policy, _ = forwarded("micro")
+    trainer = Trainer(policy, verbose_sum_silent, with_slots(amvl, 3, 5), prompts=2, lr=1e-3, steps=5)
+    trainer.step()
+    handle = policy.parts.posterior.register_forward_hook(lambda module, args, out: out.index_put((torch.tensor(1), torch.tensor(2), torch.tensor(0)), torch.tensor(value)))
+    with pytest.raises(ValueError, match=r"step 2: latent slot 2 of item .* " + says.replace("+", r"\+")):
+        trainer.step()
+    handle.remove()
+
+
+def test_other_slots_than_the_policy_has_are_refused():
+    with pytest.raises(ValueError, match="has slots 2, and the method asks for 4"):
+        Trainer(LatentPolicy(random_tiny(), 2, 16), digits_sum_silent, amvl)
+    with pytest.raises(ValueError, match="has no latents; LatentPolicy"):
+        variational()(random_tiny(), demonstrations(random_tiny(), digits_sum_silent.items()[:1]))
+    with pytest.raises(ValueError, match="is no Hugging Face model"):
+        new_trainer(Config(recipe="amvl", task="bandit", policy="table", evaluate=0))
+
+
+def test_a_posterior_without_an_answer_is_refused():
+    policy, _ = forwarded("tiny")
+    with pytest.raises(ValueError, match="only the prior can be asked"):
+        policy.posterior(policy.asked(policy.encode(digits_sum_silent.items()[:1])))
+
+
+def test_other_weights_in_a_run_are_refused(tmp_path):
+    run = train(replace(SILENT, steps=2), tmp_path / "r")
+    checkpoint = run.checkpoints()[-1]
+    policy = LatentPolicy(random_tiny(), 5, 16)
+    policy.save(tmp_path / "other")
+    for name in ("latent.json", "latent.safetensors"):
+        shutil.copy(tmp_path / "other" / name, checkpoint / name)
+    config = json.loads((run.folder / "config.json").read_text())
+    (run.folder / "config.json").write_text(json.dumps(config | {"steps": 4}))
+    with pytest.raises(ValueError, match="slots 5"):
+        resume(run.folder)
+
+
+# --- probes
+
+@pytest.fixture(scope="module")
+def trained():
+    trainer = new_trainer(replace(SILENT, steps=10, prompts=4))
+    trainer.fit(3)
+    return trainer
+
+
+@pytest.mark.parametrize("probe", LATENT, ids=lambda p: p.name)
+def test_a_probe_of_latents_finds_what_it_promised_and_changes_nothing(probe, trained):
+    before = {n: w.detach().clone() for n, w in trained.policy.weights().items()}
+    stream, grads = torch.get_rng_state(), [w.grad is None for w in trained.policy.weights().values()]
+    found = probe((trained.policy, trained.policy.thoughts(trained.task, 40)))
+    assert set(found.probe.columns) <= set(found.table.columns) and len(found.table)
+    assert np.isfinite(found.table.select_dtypes("number").to_numpy(dtype=float)).all()
+    assert len(found._repr_html_()) > 200
+    assert all(torch.equal(w, before[n]) for n, w in trained.policy.weights().items()) and torch.equal(stream, torch.get_rng_state())
+    assert grads == [w.grad is None for w in trained.policy.weights().values()]
+    assert probe.doc.endswith("?") and probe.caption.endswith(".")
+
+
+@pytest.mark.parametrize("probe", LATENT, ids=lambda p: p.name)
+def test_a_probe_of_latents_refuses_what_has_none(probe):
+    with pytest.raises(ValueError, match="no column 'latent'"):
+        probe(new_trainer(Config(policy="random-tiny", prompts=2, group=2, max_tokens=4)))
+
+
+def test_a_run_can_be_asked(tmp_path):
+    run = train(replace(SILENT, steps=2), tmp_path / "r")
+    assert probes.get("latent-divergence")(run).table["forward"].ge(0).all()
+
+
+def test_a_leaking_posterior_is_found_and_a_trained_prior_closes_the_gap():
+    "A posterior that is made to hold the answer leaks; the same without it does not."
+    items, n = verbose_sum_silent.items("test")[:160], 160
+    quiet = torch.randn(n, 2, 12, generator=torch.Generator().manual_seed(0))
+    code = torch.nn.functional.one_hot(torch.tensor([int(i.answer) % 24 for i in items]), 24).float().view(n, 2, 12)
+    step = Step(items=items, group=torch.arange(n), prior=(torch.zeros(n, 2, 12), torch.zeros(n, 2, 12)), latent=4 * code + quiet)
+    accuracy, chance = leakage(step)
+    assert accuracy > chance + .3
+    step.latent = quiet
+    assert leakage(step)[0] < chance + .1
+
+
+def test_noise_is_of_the_problem_and_the_step():
+    items = verbose_sum_silent.items()[:3]
+    step = Step(items=items, group=torch.tensor([0, 0, 1, 2]), clock=(3, 9))
+    noise = noise_of(step, (2, 3))
+    assert not torch.equal(noise[0], noise[1]) and torch.equal(noise_of(replace(step, group=torch.tensor([2, 1])), (2, 3)), noise[[3, 2]])
+    assert torch.equal(drawn((noise, noise), noise, 0), noise)
+
+
+def test_both_sides_are_numbers():
+    policy, _ = forwarded("tiny")
+    found = sides(policy, digits_sum_silent, digits_sum_silent.items("test")[:20])
+    assert np.isfinite(list(found.values())).all() and found["gap"] == pytest.approx(found["right/posterior"] - found["right/prior mean"])
+
+
+def test_silent_tasks_hold_the_same_problems():
+    for name in ("digits-sum", "verbose-sum"):
+        loud, quiet = tasks.get(name).items("test")[5], tasks.get(f"silent:{name}").items("test")[5]
+        assert (loud.prompt, loud.answer) == (quiet.prompt, quiet.answer) and quiet.demo == f"<answer>{quiet.answer}</answer>"
+
+
+def test_registered():
+    assert isinstance(recipes.get("amvl"), Lesson) and "latent:" in policies.all()
+    assert CliRunner and load_tiny
