@@ -23,12 +23,13 @@ from .app import JSON, app, say
 # %% ../../nbs/cli/02_look.ipynb #c005
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(help="recipes, tasks, policies, probes or claims")],
+    kind: Annotated[str, typer.Argument(help="recipes, tasks, policies, strategies, probes, watchers or claims")],
     as_json: JSON = False,
 ):
     "What there is, by name."
     from rlworkbench.core import registry
-    known = ("recipes", "tasks", "policies", "probes", "claims")
+    from rlworkbench.core.options import said_options
+    known = ("recipes", "tasks", "policies", "strategies", "probes", "watchers", "claims")
     if kind not in known:
         raise ValueError(registry.unknown("list", kind, known))
     things = getattr(registry, kind).all()
@@ -37,8 +38,11 @@ def list_command(
         from rlworkbench.claims.reproduce import known_result
         about = {n: {"says": doc, "paper": things[n].paper, "verdict": (known_result(n) or {}).get("verdict", "not run yet")} for n, doc in about.items()}
     if kind == "probes":
-        about = {n: {"asks": p.doc, "reads": p.reads, "needs": p.needs, "which": f" ({', '.join(p.needs)})" if p.needs else "", "cost": p.cost, "paper": p.paper} for n, p in sorted(things.items())}
-    lines = {"claims": "{says} ({paper}): {verdict}", "probes": "{asks} Reads {reads}{which}; {cost}."}
+        about = {n: {"asks": p.doc, "reads": p.reads, "needs": p.needs, "which": f" ({', '.join(p.needs)})" if p.needs else "", "cost": p.cost, "options": said_options(p.measure), "paper": p.paper} for n, p in sorted(things.items())}
+    if kind == "strategies":
+        about = {n: {"does": s.doc, "oracle": s.oracle, "needs_picture": s.looks, "marked": " [oracle]" * s.oracle + " [needs a picture]" * s.looks,
+                     "options": ", ".join(f"{k}={v}" for k, v in s.settings().items()) or "none", "paper": s.paper} for n, s in sorted(things.items())}
+    lines = {"strategies": "{does}{marked}. Options: {options}.", "claims": "{says} ({paper}): {verdict}", "probes": "{asks} Reads {reads}{which}; {cost}. Options: {options}."}
     width = max(map(len, about), default=0)
     for name, doc in about.items():
         say(f"{name:{width}}  {lines[kind].format(**doc) if kind in lines else doc}", as_json)
