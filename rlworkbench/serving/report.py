@@ -110,7 +110,7 @@ def opened(run: Run) -> str:
     limit = float(tokens["push"].abs().max()) or 1.0
     rows = []
     for reply, t in list(tokens.groupby("reply"))[:8]:
-        strip = token_strip([p or "↵" for p in t["piece"]], list(t["push"]), low=-limit, high=limit,
+        strip = token_strip(list(t["piece"]), list(t["push"]), low=-limit, high=limit,
                             notes=[f"log-prob {a:.2f}, entropy {b:.2f}" for a, b in zip(t["old"], t["entropy"])])
         rows.append(f"<div class=one><span class=verdict>{'right' if t['correct'].iloc[0] else 'wrong'}</span> <span class=soft>advantage {t['advantage'].iloc[0]:+.2f}</span>{strip.body}</div>")
     return (f"<h2>Step {number}, opened up</h2><p>One problem and its group of replies. Blue tokens are pushed up, orange ones down, by coefficient × weight × "

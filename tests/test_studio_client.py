@@ -1,0 +1,143 @@
+"""The studio as programs see it: two clients, every endpoint named, nothing that holds a model, a password, twenty at once."""
+import gc
+import re
+import socket
+import sys
+import types
+
+import pytest
+import torch
+from gradio_client import Client
+
+from rlworkbench.policies.policy import Policy
+from rlworkbench.serving.frame import PAGES, served
+from rlworkbench.serving.places import Places
+from rlworkbench.training.trainer import Trainer
+from tests.benchmarks.studio import crowd
+from tests.studio import server  # noqa: F401
+
+@pytest.fixture(scope="module")
+def two(server):  # noqa: F811
+    return Client(server.url, verbose=False), Client(server.url, verbose=False)
+
+
+def test_the_first_page_is_there_before_anything_is_asked(server):  # noqa: F811
+    "The recorded run stands in what the server sends first."
+    import urllib.request
+    text = urllib.request.urlopen(server.url, timeout=20).read().decode()
+    assert "The recorded run" in text and "Held-out greedy accuracy" in text
+
+
+def test_two_clients_see_what_each_asked_for(two):
+    one, other = two
+    a, b = one.predict("second", api_name="/hub_of"), other.predict("bandit/0", api_name="/hub_of")
+    assert "<h1>second</h1>" in a and "<h1>bandit/0</h1>" in b and "<h1>second</h1>" not in b
+
+
+@pytest.mark.parametrize("name", ["..", "/etc/passwd", "%2e%2e%2fetc", "<script>alert(1)</script>", "a\0b"])
+def test_a_wrong_name_is_a_sentence(two, name):
+    said = two[0].predict(name, api_name="/hub_of")
+    assert 'role="alert"' in said and "<script" not in said and "Traceback" not in said
+    assert 'role="alert"' in two[0].predict([name], "correct", api_name="/compare_measure")
+
+
+def test_seeds_are_one_curve(two):
+    page = two[0].predict(["bandit/0", "bandit/1", "bandit/2", "bandit/rloo"], "entropy", api_name="/compare_measure")
+    assert "95 % interval" in page and "bandit/0, bandit/1, bandit/2" in page and "group_zscore" in page
+
+
+def test_claims_and_papers(two):
+    assert "rlworkbench reproduce clip_higher" in two[0].predict(api_name="/compare_claims")
+    assert "arxiv.org/abs/2503.14476" in two[0].predict(api_name="/compare_papers")
+
+
+def reached(start, depth: int = 6) -> set:
+    "What a function holds on to: closures, bound objects, defaults, containers, attributes of our own objects; not module globals."
+    seen, found, layer = set(), [], [start]
+    for _ in range(depth):
+        after = []
+        for x in layer:
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            found.append(x)
+            if isinstance(x, types.MethodType):
+                after += [x.__self__, x.__func__]
+            elif isinstance(x, types.FunctionType):
+                after += [c.cell_contents for c in x.__closure__ or () if c != types.CellType()] + list(x.__defaults__ or ())
+            elif isinstance(x, dict):
+                after += list(x.values())
+            elif isinstance(x, (list, tuple, set)):
+                after += list(x)
+            elif type(x).__module__.startswith(("rlworkbench", "functools")):
+                after += list(getattr(x, "__dict__", {}).values())
+        layer = after
+    return found
+
+
+def test_every_endpoint_is_named_and_none_holds_a_model(server):  # noqa: F811
+    functions = list(server.demo.fns.values())
+    assert len(functions) > 5
+    assert [f.name for f in functions if f.fn is not None and not (f.api_name or f.api_visibility == "private")] == []
+    named = [f.api_name for f in functions if f.api_name]
+    assert len(set(named)) == len(named), "two events of one name"
+    for f in functions:
+        held = reached(f.fn)
+        assert [type(x).__name__ for x in held if isinstance(x, (torch.nn.Module, Policy, Trainer, torch.Tensor))] == [], f.api_name
+    assert min(f.concurrency_limit for f in functions if f.concurrency_id == "model" and f.concurrency_limit != "default") == 1, "gradio takes the lowest of an id"
+
+
+def test_all_pages_answer_and_none_asks_elsewhere(server):  # noqa: F811
+    import urllib.request
+    for page in (p for p in PAGES if p.there):
+        text = urllib.request.urlopen(f"{server.url}/{page.path}", timeout=20).read().decode()
+        assert "gradio_config" in text and re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://(?!127\.)[^"]*', text) == []
+
+
+def test_a_password_is_asked_for(server, tmp_path):  # noqa: F811
+    import urllib.error
+    import urllib.request
+
+    from rlworkbench.apps.studio import build
+    demo = build(Places(tmp_path))
+    url = served(demo, auth=("me", "secret"), wait=False)
+    try:
+        assert "The recorded run" not in urllib.request.urlopen(url, timeout=20).read().decode()
+        with pytest.raises(Exception):
+            Client(url, verbose=False)
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}/config", timeout=20)
+        assert "The recorded run" in Client(url, auth=("me", "secret"), verbose=False).predict("", api_name="/hub_of")
+    finally:
+        demo.close(verbose=False)
+
+
+def test_many_clients_at_once(server):  # noqa: F811
+    found = crowd(server.url, clients=20, seconds=5)
+    assert found["errors"] == [] and found["crossed"] == 0 and found["answers"] >= 20
+    gc.collect()
+
+
+@pytest.mark.parametrize("given, says", [(["--port", "{port}"], "port {port} is in use; choose another --port"), (["none-such"], "none-such is not a run"),
+                                         (["--auth", "me"], "--auth must be USER:PASSWORD"), (["--limit", "0"], "--limit must be 1 or more"),
+                                         (["--runs", "none-such"], "there is none at none-such"), (["--port", "99999"], "--port must be 1 to 65535")])
+def test_what_can_not_work_is_one_sentence(given, says, capsys, monkeypatch):
+    from rlworkbench.cli.main import main
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["rlworkbench", "studio", *(g.replace("{port}", port) for g in given)])
+        with pytest.raises(SystemExit) as e:
+            main()
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and says.replace("{port}", port) in said and len(said.strip().splitlines()) == 1
+
+
+def test_without_gradio_it_names_the_extra(capsys, monkeypatch):
+    from rlworkbench.cli.main import main
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["rlworkbench", "studio"])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2 and "pip install 'rlworkbench[apps]'" in capsys.readouterr().err
