@@ -28,7 +28,7 @@ MUTANTS = (   # file, what stands there (exactly once), what is put in its place
     ("core/reductions.py", "masked_sum(x, mask, dim) / count.clamp(min=1)", "masked_sum(x, mask, dim) / mask.numel()"),
     ("core/reductions.py", "square * n / (n - 1).clamp(min=1) if unbiased", "square if unbiased"),
     ("core/reductions.py", "group_count(group, P).to(x.dtype).clamp(min=1))[group]", "len(x))[group]"),
-    ("core/step.py", "getattr(step, name)[part.rows] = value.detach()", "getattr(step, name)[:len(part.rows)] = value.detach()"),
+    ("core/step.py", "there[part.rows] = v.detach()", "there[:len(part.rows)] = v.detach()"),
     ("core/step.py", "group=s.group + o)", "group=s.group)"),
     ("recipes/slots.py", "torch.maximum(-A * step.ratio", "torch.minimum(-A * step.ratio"),
     ("recipes/slots.py", "torch.maximum(-A * step.ratio, -A * step.ratio.clamp(*self.region()))", "-A * step.ratio"),
