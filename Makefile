@@ -11,7 +11,7 @@ help:
 	@echo "make demo   set up, train tiny on digits-sum beside two controls, write a report"
 	@echo "make test   set up, run the tests"
 	@echo "make lab    set up, open JupyterLab on the notebooks"
-	@echo "make studio set up, open the apps in a browser, with a recorded run on screen"
+	@echo "make studio set up, start the apps, which say their address; a recorded run is on screen"
 	@echo "make bench  set up, run the benchmarks"
 
 .venv/bin/python:

@@ -35,7 +35,7 @@ def build(places: Places) -> gr.Blocks:
         return gr.update(choices=found, value=column), compared(places, runs or [], column)
 
     names, chosen, found, column = first({})
-    with gr.Blocks(title="rlworkbench: compare", analytics_enabled=False) as demo:
+    with gr.Blocks(title="rlworkbench: compare", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.HTML(f'<div class="rlw-page">{bar("compare")}<div class="rlw"><h1>Compare</h1></div></div>', padding=False)
         with gr.Tab("Runs"):
             with gr.Row():

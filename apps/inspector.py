@@ -104,7 +104,7 @@ def build(places: Places) -> gr.Blocks:
         view = view_of(held)
         return [gr.update(choices=neighbours(desk, view), value=view.against or None), beside(desk, view) if view.against else ""]
 
-    with gr.Blocks(title="Trace inspector", analytics_enabled=False) as demo:
+    with gr.Blocks(title="Trace inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Navbar(visible=False)
         gr.HTML(f"<style>{STYLE}</style>", elem_classes="rlw-hidden", **PLAIN)
         held, ink = gr.State(asdict(View())), gr.State(None)

@@ -11,10 +11,10 @@ from rlworkbench.serving.keys import ADDRESS, HELP, KEYS, STYLE
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.sessions import Sessions
 from rlworkbench.serving.stepping import LIVE, Desk, Shown, Spot, block, moved, shown
-from rlworkbench.serving.workers import stop
+from rlworkbench.serving.workers import stop, working
 
 QUICK = dict(queue=False, show_progress="hidden", trigger_mode="always_last")
-MODEL = dict(concurrency_id="model", concurrency_limit=1, show_progress="minimal", trigger_mode="once")
+MODEL = dict(concurrency_id="train", concurrency_limit=1, show_progress="minimal", trigger_mode="once")
 PLAIN = dict(padding=False, apply_default_css=False)
 DIAL = ("recipe", "task", "policy", "seed", "lr", "prompts", "group", "batches", "epochs")
 
@@ -107,16 +107,18 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
             return [*at(spot, request), block("error", str(e)), gr.Timer(active=False), gr.update(visible=False)]
 
     def long_stop(spot: Spot):
-        if long_run(places, spot.run)[1]:
-            stop(places.runs / spot.run)
-        return long_run(places, spot.run)[0]
+        folder = places.folder(spot.run) if spot.run in places.names() else places.runs / spot.run
+        if here := working(folder):
+            stop(folder)
+        return long_run(places, spot.run)[0] + block("note", "" if here else "It was not started here; end it where it was started.")
 
-    def tick(spot: Spot, request: gr.Request):
-        said, alive = long_run(places, spot.run)
-        fresh = [gr.skip()] * len(screen) if not newest(desk, spot) else at(spot.but(step=-1, phase=""), request)
-        return [*fresh, said, gr.Timer(active=alive), gr.update(visible=alive)]
+    def tick(spot: Spot, last: int, request: gr.Request):
+        (said, alive), now = long_run(places, spot.run), newest(desk, spot)
+        follows = now not in (-1, spot.step) and spot.step in (-1, last)      # who has gone back to look is left alone
+        fresh = at(spot.but(step=-1, phase=""), request) if follows else [gr.skip()] * len(screen)
+        return [*fresh, said, gr.Timer(active=alive), gr.update(visible=alive), now]
 
-    with gr.Blocks(title="Training stepper", analytics_enabled=False) as demo:
+    with gr.Blocks(title="Training stepper", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Navbar(visible=False)
         first = shown(desk, Spot(run=next(iter(places.names()), "")), None)
         gr.HTML(f"<style>{STYLE}</style>", js_on_load=KEYS, elem_classes="rlw-hidden", **PLAIN)
@@ -163,7 +165,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
             with gr.Row(elem_classes="rlw-controls"):
                 name, steps = gr.Textbox(label="name", placeholder="made of recipe, task and seed", scale=3, elem_id="name"), gr.Number(100, label="steps", precision=0, minimum=1, scale=1, min_width=90, elem_id="steps")
                 launch = gr.Button("Start", elem_id="launch", min_width=90)
-        timer = gr.Timer(1.0, active=False)
+        timer, last = gr.Timer(1.0, active=False), gr.State(-1)
         gr.HTML(HELP, **PLAIN)
 
         screen = [spot, links, note, phases, board, card, curves, slider, query, phase_seen, phase_live, controls, leave, run]
@@ -189,7 +191,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
         question.click(ask, [spot, names], answer, api_name="whatif", **(MODEL | {"show_progress": "full"}))
         launch.click(long_begin, [spot, name, steps, *dial], [*screen, *worker], queue=False, api_name="long_begin")
         halt.click(long_stop, spot, state, queue=False, api_name="long_stop")
-        timer.tick(tick, spot, [*screen, *worker], queue=False, show_progress="hidden", api_name="tick")
+        timer.tick(tick, [spot, last], [*screen, *worker, last], queue=False, show_progress="hidden", api_name="tick")
         demo.unload(release)
     return demo
 

@@ -16,7 +16,7 @@ def build(places: Places) -> gr.Blocks:
     def runs(name: str = "") -> str:
         return hub(places, name or None)
 
-    with gr.Blocks(title="rlworkbench studio", analytics_enabled=False) as demo:
+    with gr.Blocks(title="rlworkbench studio", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         shown = gr.HTML(hub(places), padding=False, elem_id="hub")
         demo.load(look, None, shown, queue=False, show_progress="hidden", api_name="hub")
         name, asked = gr.Textbox(visible=False), gr.Button(visible=False)

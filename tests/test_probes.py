@@ -22,7 +22,7 @@ from tests.test_families import SEEING, drawn, noise
 PROBES = {name: p for name, p in probes.all().items() if not {"latent", "prior", "posterior"} & {*p.needs}}   # the latent ones: tests/test_latent
 READING_MODELS = [name for name, probe in PROBES.items() if probe.reads == "policy"]
 every = pytest.mark.parametrize("name", PROBES)
-LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3)
+LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3, watch="looking,geometry")
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +140,16 @@ def test_it_reads_a_trace(name):
 
 
 # --- bad input ---
+
+@pytest.mark.parametrize("name", READING_MODELS)
+def test_finite_weights_that_make_infinite_states_are_refused(name, scenes):
+    broken, step = family("llama"), scenes["llama"][1]
+    with torch.no_grad():
+        [w for n, w in broken.weights().items() if n.endswith("norm.weight")][-1].fill_(3e38)
+    with pytest.raises(ValueError, match="not finite"):
+        PROBES[name]((broken, step))
+
+
 def test_what_is_not_there_is_said_in_one_sentence(tmp_path, recorded):
     empty = Run.create(tmp_path / "empty", LAW)
     for name, probe in PROBES.items():

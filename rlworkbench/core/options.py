@@ -32,6 +32,8 @@ def fitting(
     kind, usual = known.annotation, known.default
     if value is None and usual is None:
         return value
+    if kind is list and value is None:
+        raise ValueError(f"{name} must be a list, got nothing")
     if kind is list:
         return [value] if isinstance(value, (str, int, float)) else [*value]
     least = min(usual, 1) if kind is int and isinstance(usual, int) and usual >= 0 else None

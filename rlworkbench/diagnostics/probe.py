@@ -20,11 +20,12 @@ from ..core.trace import Trace
 from ..policies.policy import Policy, check_finite
 from ..recipes.recipe import Recipe
 from ..rollouts.sampling import Sampling
+from ..rollouts.scorer import check_scores
 from ..show.palette import plain
 from ..tasks.task import find_items
 from ..training.borrowed import undisturbed
 from ..training.choices import load_policy, with_law
-from ..training.columns import lacking
+from ..training.columns import lacking, unrecorded
 from ..training.run import Run, token_table
 from ..training.trainer import Trainer
 from ..training.whatif import next_replies, next_tokens
@@ -65,7 +66,7 @@ def _tokens(subject, steps) -> tuple:
         return subject, "this table"
     if isinstance(subject, Run):
         if not subject.steps():
-            raise ValueError(f"{subject.folder} has no recorded step yet; training writes its first, its last and every tenth, with --record full all")
+            raise ValueError(unrecorded(subject))
         return pd.concat([subject.tokens(k) for k in steps or subject.steps()], ignore_index=True), str(subject.folder)
     if isinstance(subject, Trace):
         place = {"step": 1, "item": subject.id, "group": 0, "reply": 0} | subject.source
@@ -147,14 +148,13 @@ def _scene_of_run(run: Run, at) -> Scene:
     if hasattr(policy, "thoughts"):
         return Scene(policy, policy.thoughts(task), f"the last checkpoint of {run.folder}, and what it thinks about {task.name}")
     if not run.steps():
-        raise ValueError(f"{run.folder} has no recorded step yet; training writes its first, its last and every tenth, with --record full all")
+        raise ValueError(unrecorded(run))
     table = run.tokens(run.steps()[-1] if at is None else at)
     rows = [r for _, r in table.groupby("reply", sort=True)]
     names = [str(r["item"].iloc[0]) for r in rows]
     items = find_items(task, [*dict.fromkeys(names)])
     where = {i.id: k for k, i in enumerate(items)}
-    law = with_law(config, task).rollout.sampling
-    step = replies_as_step(policy, items, [r["token"].tolist() for r in rows], law, [where[n] for n in names])
+    step = replies_as_step(policy, items, [r["token"].tolist() for r in rows], with_law(config, task).rollout.sampling, [where[n] for n in names])
     for name in ("correct", "reward", "advantage"):
         if name in table:
             setattr(step, name, torch.tensor([float(r[name].iloc[0]) for r in rows]))
@@ -235,6 +235,7 @@ class Probe:
         lacking(self.needs, [n for n in self.needs if getattr(scene.step, n) is not None], "this step")
         check_finite(scene.policy)
         with as_it_was(scene.policy):
+            check_scores(scene.policy, scene.some(1).step)
             return self.found(scene, options, scene.says)
 
     def found(self, subject, options: dict, says: str = "") -> Finding:

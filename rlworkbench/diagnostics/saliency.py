@@ -182,8 +182,8 @@ def smoothgrad(
 ) -> torch.Tensor:
     "Input times the mean gradient over noisy copies of the input."
     x = question.inside.embeds
-    rng = generator(seed, "smoothgrad")
-    shaken = x + noise * x.std() * torch.randn(samples, *x.shape, generator=rng).to(x)
+    drawn = torch.stack([torch.randn(x.shape, generator=generator(seed, "smoothgrad", k)) for k in range(samples)])   # alike for a foil of another length
+    shaken = x + noise * x.std() * drawn.to(x)
     return (x * question.slope(shaken).mean(0)).sum(-1)
 
 # %% ../../nbs/diagnostics/04_saliency.ipynb #c021

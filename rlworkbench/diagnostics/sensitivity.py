@@ -92,6 +92,8 @@ def measure_sensitivity(
 ) -> pd.DataFrame:
     "One row per change and reply."
     step, possible = asked(scene, most)
+    if impossible := [c for c in changes or () if c not in possible]:
+        raise ValueError(f"these questions can't be changed in {impossible[0]!r}; possible here: {', '.join(possible)}")
     there = (torch.arange(step.ids.shape[1]) < step.length.cpu()[:, None]).double()
     see = lambda prompts: layer_states(scene.policy, prompts, step.group, step.ids, depth)[0].cpu().double()
     mean = lambda x: ((x * there).sum(1) / there.sum(1)).tolist()

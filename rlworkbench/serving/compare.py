@@ -7,7 +7,7 @@ __all__ = ['NO_MATTER', 'MOST', 'SHARES', 'Arm', 'kind_of', 'arms_of', 'interval
            'table_html', 'keys_that_differ', 'slots_that_differ', 'summary', 'compared', 'beside', 'link']
 
 # %% ../../nbs/serving/30_compare.ipynb #c002
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,7 @@ def slots_that_differ(arms: list) -> pd.DataFrame:
     columns = {}
     for arm in arms:
         try:
-            columns[arm.name] = show(with_law(arm.config))["is"]
+            columns[arm.name] = show(with_law(replace(arm.config, reward=None)))["is"]      # a user's file is not run to be looked at
         except ValueError as e:
             columns[arm.name] = pd.Series({"recipe": f"not known here: {e}"})
     table = pd.DataFrame(columns).astype(object).fillna("–").astype(str)

@@ -10,9 +10,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import pandas as pd
-from PIL import Image
 
-from ..core.pictures import picture_name
+from ..core.pictures import picture_name, picture_of
 from ..core.registry import tasks
 from ..show.images import image_uri
 from ..tasks.task import find_items
@@ -114,6 +113,6 @@ class Recorded(Source):
         except ValueError:
             item = None
         files = [self.run.folder / "images" / picture_name(name, k) for k in range(len(item.images) if item else 4)]
-        found = [Image.open(f) for f in files if f.is_file()]
+        found = [picture_of(f.read_bytes(), f.name) for f in files if f.is_file()]
         pictures = tuple(image_uri(p) for p in found) or tuple(image_uri(p) for p in (item.images if item else ()))
         return Problem(name, item.prompt if item else "", item.answer if item else "", pictures)

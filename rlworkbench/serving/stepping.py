@@ -116,9 +116,9 @@ class Desk:
         made = lambda: Live(visitors(config))
         if self.trainers.get(visitor) is None:
             return self.trainers.open(visitor, made)
-        visitors(config)
+        new = made()                      # what can't be made leaves the one there is
         self.trainers.close(visitor)
-        return self.trainers.open(visitor, made)
+        return self.trainers.open(visitor, lambda: new)
 
     def names(self, visitor, here: str="") -> list:
         "What a visitor may look at: (words, name); a run that is only being started is among them if one is there."
@@ -212,7 +212,7 @@ def shown(
         about_token = card(table, source.recipe, spot.reply, spot.token) if len(table) else ""
         return Shown(spot, head + told, phase_bar(table, source.recipe, spot.phase, row), board(table, source, spot.phase, spot.group, spot.column, spot.reply, spot.token),
                      about_token, curves_card(source.rows(), spot.step), tuple(source.numbers()), spot.run == LIVE)
-    except ValueError as e:
+    except (ValueError, KeyError, TypeError, OSError) as e:
         return Shown(spot, block("error", says or str(e)), "", block("empty", "Nothing to show here; choose another run above."), live=spot.run == LIVE)
 
 
