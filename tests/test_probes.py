@@ -211,7 +211,7 @@ def test_a_fault_of_the_probes_own_is_not_the_users(trainer):
 @pytest.fixture(scope="session")
 def of_words(tmp_path_factory):
     "A run without any picture."
-    return train(replace(LAW, task="text-sum"), tmp_path_factory.mktemp("probes") / "words")
+    return train(replace(LAW, task="text-sum", watch=None), tmp_path_factory.mktemp("probes") / "words")
 
 
 PICTURED = {"occlusion": {"grid": (4, 4)}, "attribution": {"baseline": "picture"}, "looking": {}, "visual-gain": {}, "latent-lens": {}}

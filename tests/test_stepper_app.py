@@ -239,7 +239,7 @@ def test_every_endpoint_has_a_name_and_holds_no_model(server):
     demo = build(server.places)
     names = [f.api_name for f in demo.fns.values() if f.fn is not None]
     assert all(names) and len(set(names)) == len(names) and {"arrive", "scrub", "token", "next_phase", "run_steps", "whatif", "long_begin"} <= {*names}
-    assert {f.concurrency_id for f in demo.fns.values() if f.api_name in ("begin", "next_phase", "next_step", "run_steps", "back", "go", "fork", "whatif")} == {"model"}
+    assert {f.concurrency_id for f in demo.fns.values() if f.api_name in ("begin", "next_phase", "next_step", "run_steps", "back", "go", "fork", "whatif")} == {"train"}
 
 
 def test_two_clients_stream_pause_and_do_not_meet(server):
@@ -325,15 +325,15 @@ def test_in_a_browser(server):
         at("step-live").click()
         expect(at("note")).to_contain_text("after step 2")
         assert at("card").inner_text() == kept
-        at("other").locator("input").click(), at("other").locator("input").fill("dapo"), page.keyboard.press("Enter")
+        at("other").locator("input").click(), at("other").locator("input").fill("gspo"), page.keyboard.press("Enter")
         at("fork").click()
-        expect(at("note")).to_contain_text("grpo until there, dapo from here")
+        expect(at("note")).to_contain_text("grpo until there, gspo from here")
         at("step-live").click()
         expect(at("note")).to_contain_text("after step 3")
         page.get_by_role("button", name="What would another recipe").click()   # what if
         at("names").locator("input").click(), at("names").locator("input").fill("rloo"), page.keyboard.press("Enter")
         at("ask").click()
-        expect(at("answer")).to_contain_text("dapo (this one)", timeout=20_000)
+        expect(at("answer")).to_contain_text("gspo (this one)", timeout=20_000)
         expect(at("answer")).to_contain_text("Slots that differ")
 
         page.get_by_role("button", name="A long run").click()                  # a long run, left, found again, stopped
