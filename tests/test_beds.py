@@ -10,7 +10,7 @@ import torch
 from rlworkbench.core.item import Item
 from rlworkbench.core.registry import policies, tasks
 from rlworkbench.policies.loading import load_hugging
-from rlworkbench.policies.micro import MICROS, load_micro, random_micro
+from rlworkbench.policies.micro import MICROS, load_built, random_micro
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.tasks.knights import PEOPLE, SAYS, kk, letters, solutions
 from rlworkbench.tasks.routes import all_routes, distinct_routes, route, route_sum
@@ -254,7 +254,7 @@ def test_what_is_built_is_a_plain_folder(built):
     names = {f.name for f in folder.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "making.json"} <= names
     assert json.loads((folder / "making.json").read_text()) == card
-    policy, items = load_micro("micro-synonyms", folder), synonyms.items("test")[:4]
+    policy, items = load_built(MICROS["micro-synonyms"], folder), synonyms.items("test")[:4]
     again = load_hugging(str(folder))
     assert type(policy.model).__name__ == "Qwen3ForCausalLM"
     one, two = (p.prefill(p.encode(items)).hidden for p in (policy, again))
@@ -266,11 +266,11 @@ def test_a_bed_that_changed_is_noticed(built, monkeypatch):
     changed = replace(MICROS["micro-synonyms"], task=replace(synonyms, slip=.3))
     monkeypatch.setitem(MICROS, "micro-synonyms", changed)
     with pytest.raises(ValueError, match="rlworkbench build micro-synonyms --force"):
-        load_micro("micro-synonyms", built[0])
+        load_built(MICROS["micro-synonyms"], built[0])
 
 
 def test_rare_tokens_against_a_loop(built):
-    policy, law = load_micro("micro-synonyms", built[0]), Sampling(1.0, 40)
+    policy, law = load_built(MICROS["micro-synonyms"], built[0]), Sampling(1.0, 40)
     step, = answers(policy, synonyms.items("test")[:6], law, 4)
     rare = harmless = tokens = 0
     for row in range(len(step)):

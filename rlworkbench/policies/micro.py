@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'MICRO_TEMPLATE', 'MICROS', 'micro_verbose', 'micro_verbose_helpful', 'micro_synonyms', 'micro_routes',
-           'micro_kk', 'bed_tokenizer', 'Micro', 'random_micro', 'built_folder', 'load_micro']
+           'micro_kk', 'bed_tokenizer', 'Micro', 'random_micro', 'built_folder', 'load_built']
 
 # %% ../../nbs/policies/08_micro.ipynb #c002
 import hashlib
@@ -104,22 +104,23 @@ def built_folder(
     return (file.parent if file else Path()) / load_settings().data_path / name
 
 
-def load_micro(
-    name: str,     # a variant
+def load_built(
+    variant,       # has a name, and the `content` that decides what comes out
     folder=None,   # where it was built; None: the settings' data folder
 ) -> HuggingPolicy:
     "A built variant. Raises ValueError with the command that builds it."
+    name = variant.name
     card = Path(folder or built_folder(name)) / "making.json"
     if not card.is_file():
         raise ValueError(f"{name} is not built yet; make it with: rlworkbench build {name}")
     made = json.loads(card.read_text(encoding="utf-8"))
-    if made["content"] != MICROS[name].content(made["steps"], made["seed"]):
-        raise ValueError(f"{name} was built from a bed that has changed since; make it again with: rlworkbench build {name} --force")
+    if made["content"] != variant.content(made["steps"], made["seed"]):
+        raise ValueError(f"{name} was built from something that has changed since; make it again with: rlworkbench build {name} --force")
     policy = load_hugging(str(card.parent))
     policy.name = name
     return policy
 
 # %% ../../nbs/policies/08_micro.ipynb #c014
 micro_verbose, micro_verbose_helpful, micro_synonyms, micro_routes, micro_kk = (
-    PolicySpec(m.name, partial(load_micro, m.name), f"Qwen3 class, a quarter of a million parameters, imitates the teachers of {m.task.name}; built on demand")
+    PolicySpec(m.name, partial(load_built, m), f"Qwen3 class, a quarter of a million parameters, imitates the teachers of {m.task.name}; built on demand")
     for m in MICROS.values())

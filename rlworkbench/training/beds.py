@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import atomic_folder, write_text
-from ..policies.experts import EXPERTS, Expert, load_expert
+from ..policies.experts import EXPERTS, Expert
 from ..policies.hugging import HuggingPolicy
-from ..policies.micro import MICROS, Micro, built_folder, load_micro, random_micro
+from ..policies.micro import MICROS, Micro, built_folder, load_built, random_micro
 from ..policies.smollm2 import build_smollm2
 from ..policies.tiny import load_tiny
 from ..recipes.grpo import grpo
@@ -74,12 +74,11 @@ def base_policy(
     name: str,   # a variant
 ) -> HuggingPolicy:
     "A variant, built first where that has not been done or its bed has changed since: what tests and claims begin with."
-    load = load_expert if name in EXPERTS else load_micro
     try:
-        return load(name)
+        return load_built(VARIANTS[name])
     except ValueError:
         build_micro(name)
-        return load(name)
+        return load_built(VARIANTS[name])
 
 # %% ../../nbs/training/12_beds.ipynb #c008
 def builders() -> dict:
