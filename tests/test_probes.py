@@ -126,8 +126,9 @@ def test_it_reads_every_family(name, kind, scenes):
     before = state(policy)
     refused = ask(PROBES[name], (policy, step))
     same(before, state(policy))
-    if refused and kind in SEEING:
-        assert kind.split("-")[0] in refused.lower() or policy.name in refused, f"a family with pictures was refused without being named: {refused}"
+    refusals = {"": "", "a task that judges replies": "no task judges", "a picture": "" if kind in SEEING else "none of these problems has a picture"}
+    expected = refusals[PROBES[name].wants]
+    assert refused.startswith(expected) and bool(refused) == bool(expected), refused
 
 
 @pytest.mark.parametrize("name", [n for n, p in PROBES.items() if p.reads == "tokens"])
@@ -135,8 +136,9 @@ def test_it_reads_a_trace(name):
     traces = [Trace(f"t{k}", prompt="2+3", pieces=["<think>", "2", "+3", "</think>", "<answer>", "5", "</answer>", ""], ids=[5, 6, 7, 8, 9, 10, 11, 0], correct=float(k % 2),
                     columns={c: [.1 * (k + 1)] * 8 for c in ("entropy", "old", "logp", "collision", "advantage", "weight", "coef", "ratio", "clipped", "reward", "ref", "kl")})
               for k in range(4)]
-    ask(PROBES[name], traces)
-    assert ask(PROBES[name], [replace(traces[0], pieces=["<b>", ""], ids=[1, 0], columns={c: v[:2] for c, v in traces[0].columns.items()}, segment=None, origin=None, text=None)]) is not None
+    assert not ask(PROBES[name], traces)
+    short = ask(PROBES[name], [replace(traces[0], pieces=["<b>", ""], ids=[1, 0], columns={c: v[:2] for c, v in traces[0].columns.items()}, segment=None, origin=None, text=None)])
+    assert bool(short) == (name == "uncertainty"), short      # one reply alone is not right and wrong
 
 
 # --- bad input ---

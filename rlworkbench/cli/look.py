@@ -38,7 +38,7 @@ def list_command(
         from rlworkbench.claims.reproduce import known_result
         about = {n: {"says": doc, "paper": things[n].paper, "verdict": (known_result(n) or {}).get("verdict", "not run yet")} for n, doc in about.items()}
     if kind == "probes":
-        about = {n: {"asks": p.doc, "reads": p.reads, "needs": p.needs, "which": f" ({', '.join(p.needs)})" if p.needs else "", "cost": p.cost, "options": said_options(p.measure), "paper": p.paper} for n, p in sorted(things.items())}
+        about = {n: {"asks": p.doc, "reads": p.reads, "needs": p.needs, "wants": p.wants, "which": f" ({', '.join(p.needs)})" * bool(p.needs) + f" with {p.wants}" * bool(p.wants), "cost": p.cost, "options": said_options(p.measure), "paper": p.paper} for n, p in sorted(things.items())}
     if kind == "strategies":
         about = {n: {"does": s.doc, "oracle": s.oracle, "needs_picture": s.looks, "marked": " [oracle]" * s.oracle + " [needs a picture]" * s.looks,
                      "options": ", ".join(f"{k}={v}" for k, v in s.settings().items()) or "none", "paper": s.paper} for n, s in sorted(things.items())}

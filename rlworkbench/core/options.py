@@ -36,7 +36,7 @@ def fitting(
         raise ValueError(f"{name} must be a list, got nothing")
     if kind is list:
         return [value] if isinstance(value, (str, int, float)) else [*value]
-    least = min(usual, 1) if kind is int and isinstance(usual, int) and usual >= 0 else None
+    least = None if kind not in (int, float) or usual is None or usual < 0 else min(usual, 1) if kind is int else 0
     if kind in KINDS and (not of_kind(value, kind) or (least is not None and value < least)):
         raise ValueError(f"{name} must be {KINDS[kind]}{'' if least is None else f', {least} or more'}, got {value!r}")
     return value

@@ -143,7 +143,9 @@ def measure_eigenscore(
     alpha: float=1e-3,
     problems: int=24,        # the first so many
 ) -> pd.DataFrame:           # one row per problem
-    "Spread of the replies to each problem."
+    "Spread of the replies to each problem. Raises ValueError without a ridge."
+    if alpha <= 0:
+        raise ValueError(f"alpha, the ridge, must be above 0, got {alpha}: replies that are all alike would have no determinant")
     among = scene.step.group.unique()[:problems]
     step = several(replace(scene, step=take(scene.step, torch.isin(scene.step.group, among))), draw)
     vectors, rows = reply_vectors(scene.policy, step, depth, where), []

@@ -184,4 +184,4 @@ latent_lens = Probe(
     {"item": "the problem", "place": "of the picture token among those of its problem", "depth": "of the picture token", "rank": "1 the nearest token", "piece": "the neighbour", "context": "what was read before it",
      "at_depth": "of the neighbour", "cosine": "of both states", "layers": "of the model"},
     "Words that name what lies under a patch are a sign that the model reads the picture in terms of words. The same word everywhere is a sign of a direction that all states share.",
-    cost="one forward pass over the texts and one over at most 2 prompts; a product of all picture tokens with all entries", paper="LatentLens, arXiv 2602.00462")
+    wants="a picture", cost="one forward pass over the texts and one over at most 2 prompts; a product of all picture tokens with all entries", paper="LatentLens, arXiv 2602.00462")

@@ -115,7 +115,7 @@ visual_gain = Probe(
      "segment": "observe, think, answer, other", "logp": "with the picture, nats", "without": "without it, nats", "gain": "logp - without, nats",
      "overlap": "of the two next-token distributions, 0 to 1", "divergence": "symmetric KL of the two, nats"},
     "Blue tokens were read from the picture. Where a reply copies what it said before, the gain is zero although the words are about the picture.",
-    cost="one forward pass over the replies per way, and one with the picture", paper="Visual Information Gain, arXiv 2602.17186; NoLan, arXiv 2602.22144")
+    wants="a picture", cost="one forward pass over the replies per way, and one with the picture", paper="Visual Information Gain, arXiv 2602.17186; NoLan, arXiv 2602.22144")
 
 # %% ../../nbs/diagnostics/07_looking.ipynb #c017
 def measure_looking(
@@ -148,7 +148,7 @@ looking = Probe(
     {"way": "how the picture was taken away", "reply": "row of the step", "item": "the problem", "tokens": "in the reply", "gain": "mean over its tokens, nats",
      "prior": "language-prior score: mean overlap, 0 to 1", "divergence": "mean symmetric KL, nats", "correct": "the verdict; NaN where unknown"},
     "Zero means that the picture changes nothing. If `no picture` alone differs from zero, the policy notices that there is a picture, and not what is on it.",
-    cost="one forward pass over the replies per way, and one with the picture", paper="Visual Information Gain, arXiv 2602.17186")
+    wants="a picture", cost="one forward pass over the replies per way, and one with the picture", paper="Visual Information Gain, arXiv 2602.17186")
 
 # %% ../../nbs/diagnostics/07_looking.ipynb #c027
 class Looking:

@@ -95,7 +95,7 @@ def draws(policy, item, task, law, stream):
 def measure_until(
     scene: Scene,
     right: int=3,       # passes to wait for
-    cap: int=48,        # most replies to a problem
+    cap: int=32,        # most replies to a problem
     problems: int=3,    # how many, from the first
 ) -> pd.DataFrame:
     "Draw replies to some problems until enough are right. Raises ValueError where no task judges them."
@@ -114,4 +114,4 @@ until = Probe(
     lambda t: bars_svg(t["unbiased"].tolist(), [f"{p.rpartition('/')[2]}: {r} of {n}" for p, r, n in zip(t["problem"], t["right"], t["drawn"])], "Share of right replies", "problem: right of drawn"),
     {"problem": "its id", "drawn": "replies drawn, K", "right": "right ones among them", "rate": "r / K", "unbiased": "(r-1) / (K-1); right / drawn where the cap came first", "capped": "the cap came first"},
     "Problems with a small rate that is not zero are those that training can still win. A capped problem with none right is out of reach at this budget: raise `cap`.",
-    cost="draws up to `cap` new replies for each of `problems` problems", paper="arXiv:2310.03262")
+    wants="a task that judges replies", cost="draws up to `cap` new replies for each of `problems` problems", paper="arXiv:2310.03262")

@@ -215,6 +215,7 @@ class Probe:
     columns: dict      # {column of the table: what it is, with its unit}
     caption: str       # what to notice
     needs: tuple = ()  # columns it reads
+    wants: str = ""    # what the problems must have: a picture, a task that judges
     cost: str = "reads what was recorded"
     paper: str = ""
 
@@ -225,12 +226,10 @@ class Probe:
     def __call__(self, subject, at=None, **options) -> Finding:
         "Ask. `at`: of a run, a recorded step. Raises ValueError where the subject lacks what the probe reads, or an option does not fit."
         options = options_for(self.measure, self.name, options) if options else options
-        if self.reads == "log":
-            if at is not None:
-                raise ValueError(f"{self.name} reads the log of all steps; it can't be asked about step {at} alone")
-            return self.found(log_of(subject, self.needs), options)
-        if self.reads == "tokens":
-            return self.found(tokens_of(subject, self.needs, None if at is None else [at]), options)
+        if self.reads == "log" and at is not None:
+            raise ValueError(f"{self.name} reads the log of all steps; it can't be asked about step {at} alone")
+        if self.reads != "policy":
+            return self.found(log_of(subject, self.needs) if self.reads == "log" else tokens_of(subject, self.needs, None if at is None else [at]), options)
         scene = scene_of(subject, at)
         lacking(self.needs, [n for n in self.needs if getattr(scene.step, n) is not None], "this step")
         check_finite(scene.policy)
@@ -245,6 +244,6 @@ class Probe:
 
     def checked(self, table: pd.DataFrame) -> pd.DataFrame:
         "Raises ValueError if the table is not the one that was promised."
-        if missing := [c for c in self.columns if c not in table.columns]:
-            raise ValueError(f"the probe {self.name!r} promised a column {missing[0]!r} and made none")
+        for missing in set(self.columns) - set(table.columns):
+            raise ValueError(f"the probe {self.name!r} promised a column {missing!r} and made none")
         return table

@@ -42,13 +42,12 @@ def room_of(tokens: pd.DataFrame) -> pd.Series:
 
 # %% ../../nbs/diagnostics/02_pushes.ipynb #c013
 def measure_pushes(
-    tokens: pd.DataFrame,
-    temperature: float=1.0,   # of the law that the tokens were drawn under
+    tokens: pd.DataFrame,   # its column `temperature`, written where the law's is not 1, says how each token was drawn
 ) -> pd.DataFrame:
     "Push, norm at the logits and share of each token."
     table = complete(tokens)
     table["push"], table["room"] = push_of(table), room_of(table)
-    table["norm"] = table["push"].abs() * table["room"] / temperature
+    table["norm"] = table["push"].abs() * table["room"] / (table["temperature"].fillna(1) if "temperature" in table else 1)
     table["share"] = table["norm"] / table.groupby("step")["norm"].transform("sum").clip(lower=np.finfo(float).tiny)
     table["probability"] = np.exp(table["logp"] if "logp" in table else table["old"])
     return table

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.options import options_for
 from ..core.seeds import generator
 from ..core.step import SEGMENTS, segment_tokens
 from ..policies.inside import Inside, frozen, look_inside, needs_a_tower
@@ -235,6 +236,7 @@ def attribute(
     if foil is not None and method == "rollout":
         raise ValueError("attention rollout does not read the token, so it can't tell one from its foil; choose a gradient method")
     questions = ask(scene, reply, token, foil)
+    more = options_for(METHODS[method], f"the method {method}", more)
     R, total = reach(questions), 0
     for q in questions:
         how = more

@@ -89,7 +89,7 @@ class TileStats(torch.autograd.Function):
         return grad, None, None
 
 # %% ../../nbs/rollouts/00_sampling.ipynb #c015
-TILE = 2**23   # elements of one float tile: 32 MB
+TILE = 9 * 2**20   # elements of one float tile: 36 MB. Above 32 MB the C library gives a freed tile back to the system; smaller ones stay behind as holes
 KEPT = 2**25   # elements of probabilities that may be held until the gradient: 128 MB
 
 

@@ -25,6 +25,7 @@ from ..core.files import append_json, atomic, atomic_folder, read_json, read_jso
 from ..core.pictures import picture_name
 from ..core.step import ORIGINS, SEGMENTS, Step
 from ..policies.policy import Policy
+from ..rollouts.scorer import heat
 from .checkpoint import write_state
 
 # %% ../../nbs/training/07_run.ipynb #c004
@@ -49,6 +50,9 @@ def token_table(
         if getattr(step, name) is not None:
             table[name] = at(getattr(step, name))
     table |= {f"rewards/{name}": at(part) for name, part in (step.rewards or {}).items()}
+    hot = heat(policy, step.law, step) if step.law else 1.0
+    if isinstance(hot, torch.Tensor) or hot not in (0, 1):
+        table["temperature"] = at(hot[..., 0]) if isinstance(hot, torch.Tensor) else hot
     return pd.DataFrame(table | {name: at(getattr(step, name)) for name in PER_TOKEN if getattr(step, name) is not None})
 
 # %% ../../nbs/training/07_run.ipynb #c007

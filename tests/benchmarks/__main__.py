@@ -207,7 +207,7 @@ def whatif() -> dict:
 def pictures() -> dict:
     "CPU seconds until each probe's picture of a recorded step of 512 replies; those of a policy load it, too."
     with TemporaryDirectory() as tmp:
-        run = train(Config(steps=1, prompts=64, group=8, evaluate=0, record="full"), f"{tmp}/run", before=False)
+        run = train(Config(steps=1, prompts=64, group=8, evaluate=0, record="full", watch="looking,geometry"), f"{tmp}/run", before=False)
         spent, refused = {}, {}
         for name, probe in probes.all().items():
             start = time.process_time()
