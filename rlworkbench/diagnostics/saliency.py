@@ -236,7 +236,7 @@ def attribute(
     if foil is not None and method == "rollout":
         raise ValueError("attention rollout does not read the token, so it can't tell one from its foil; choose a gradient method")
     questions = ask(scene, reply, token, foil)
-    more = options_for(METHODS[method], f"the method {method}", more)
+    more = options_for(METHODS[method], f"besides reply, token, method, foil, baseline, against and name, the method {method}", more)
     R, total = reach(questions), 0
     for q in questions:
         how = more
