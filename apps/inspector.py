@@ -2,12 +2,14 @@
 from dataclasses import asdict
 
 import gradio as gr
+from rlworkbench.apps.pairs import fold
 
-from rlworkbench.serving.clicks import CLICKS
+from rlworkbench.serving.clicks import CLICKS, heard
 from rlworkbench.serving.frame import bar, served, told
-from rlworkbench.serving.inspection import Inspection, asked, beside, lenses, sentence, shown
+from rlworkbench.serving.inspection import Inspection, asked, lenses, sentence, shown
 from rlworkbench.serving.keys import ADDRESS
-from rlworkbench.serving.moves import changed, clicked, files, forked, handed_in, ink_of_canvas, neighbours, preview, steps_of
+from rlworkbench.serving.moves import changed, clicked, files, forked, handed_in, ink_of_canvas, preview
+from rlworkbench.serving.pairs import steps_of
 from rlworkbench.serving.panels import page_css
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.reasons import WAYS_TO_ASK
@@ -22,39 +24,37 @@ STYLE = page_css() + CANVAS_CSS
 SOURCES, PARTS = ["a recorded run", "a file", "a drawing"], ["token", "segment", "reply"]
 
 
-def build(places: Places) -> gr.Blocks:
+def build(places: Places, alone: bool=False) -> gr.Blocks:
     "The page. What it shows is made in serving/inspection; here are boxes and wires."
     desk = Inspection(places)
 
     def screen(view: View) -> list:
         p, numbers, runs = shown(desk, view), steps_of(desk, view), places.names()
         source = SOURCES[1] if view.trace else SOURCES[2] if view.ask else SOURCES[0]
-        names = [n for _, n in p.columns]
-        return [asdict(view), view.query, bar("inspector", run=view.run or None), p.says, p.reply, p.checks, p.token, p.picture,
-                gr.update(choices=[*p.columns], value=view.column if view.column in names else next((n for n in ("push", "entropy", "segment") if n in names), None)),
+        return [asdict(view), view.query or " ", bar("inspector", alone, run=view.run or None), p.says, p.reply, p.checks, p.token, p.picture, gr.update(choices=[*p.columns], value=p.column or None),
                 gr.update(choices=[*p.replies], value=view.reply if view.reply < len(p.replies) else None),
                 gr.update(choices=[*p.policies], value=view.policy or next(iter(p.policies), None), visible=len(p.policies) > 1),
                 gr.update(choices=runs, value=view.run or next(iter(runs), None)),
-                gr.update(choices=numbers, value=view.step if view.step in numbers else next(iter(numbers), None)), source, *(gr.update(visible=source == s) for s in SOURCES)]
+                gr.update(choices=numbers, value=view.step if view.step in numbers else next(iter(numbers), None)), source, *(gr.update(visible=source == s) for s in SOURCES), *fill(view)]
 
     def live(held):
         a = asked(desk, view_of(held))
-        return [a.reply or gr.skip(), a.checks or gr.skip(), a.token or gr.skip(), a.top, gr.update(choices=[*a.choices], value=a.choices[1][1] if len(a.choices) > 1 else None),
+        return [a.reply or gr.skip(), a.checks or gr.skip(), a.token or gr.skip(), a.top, gr.update(choices=[*a.choices], value=a.instead or None),
                 a.ways, a.over, a.map, a.why, a.wrong, gr.update(interactive=bool(a.choices))]
 
     def menu(name):
         return lambda held, value: screen(changed(view_of(held), name, value))
 
-    def token(held, event: gr.EventData):
-        view, card, checks = clicked(desk, view_of(held), int(event.strip), int(event.token))
+    def token(held, of_strip: int, of_token: int, event: gr.EventData):
+        view, card, checks = clicked(desk, view_of(held), *heard(event, strip=of_strip, token=of_token))
         return [asdict(view), view.query, card, checks]
 
     def explain(held, part, method):
         view = view_of(held).but(part=part, method=method)
         return asdict(view), view.query
 
-    def patch(held, event: gr.EventData):
-        view = view_of(held).but(patch=int(event.token))
+    def patch(held, number: int, event: gr.EventData):
+        view = view_of(held).but(patch=heard(event, token=number)[0])
         return asdict(view), view.query
 
     def attempt(make, kind="note"):
@@ -96,19 +96,11 @@ def build(places: Places) -> gr.Blocks:
         except ValueError as e:
             return [*screen(View()), gr.skip(), gr.skip(), gr.skip(), told("error", sentence(str(e)))]
 
-    def compare(held, other):
-        view = view_of(held).but(against=other or "")
-        return [asdict(view), view.query, beside(desk, view)]
-
-    def others(held):
-        view = view_of(held)
-        return [gr.update(choices=neighbours(desk, view), value=view.against or None), beside(desk, view) if view.against else ""]
-
     with gr.Blocks(title="Trace inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Navbar(visible=False)
         gr.HTML(f"<style>{STYLE}</style>", elem_classes="rlw-hidden", **PLAIN)
-        held, ink = gr.State(asdict(View())), gr.State(None)
-        links, query = gr.HTML(bar("inspector"), **PLAIN), gr.HTML("", html_template="", js_on_load=ADDRESS, **PLAIN, elem_id="query", elem_classes="rlw-hidden")
+        held, ink, said = gr.State(asdict(View())), gr.State(None), [gr.Number(-1, visible=False, precision=0, label=what) for what in ("strip", "token", "patch")]
+        links, query = gr.HTML(bar("inspector", alone), **PLAIN), gr.HTML("", html_template="", js_on_load=ADDRESS, **PLAIN, elem_id="query", elem_classes="rlw-hidden")
         first = shown(desk, View())
         with gr.Row(elem_classes="rlw-stack"):
             with gr.Column(scale=3, min_width=250, elem_id="sources"):
@@ -161,26 +153,25 @@ def build(places: Places) -> gr.Blocks:
                     part, method = gr.Radio(PARTS, value=PARTS[0], label="explain the", elem_id="part"), gr.Dropdown(list(WAYS_TO_ASK), value=WAYS_TO_ASK[0], label="method", elem_id="method")
                 because = gr.HTML("", **PLAIN, elem_id="why")
         over = gr.HTML("", **PLAIN, elem_id="over")
-        with gr.Accordion("What the layers would say", open=False, elem_id="lenses") as inside:
+        with gr.Accordion("What the layers would say", open=False, elem_id="lenses", elem_classes="rlw-fold") as inside:
             depths, of_patch = gr.HTML("", **PLAIN, elem_id="depths"), gr.HTML("", **PLAIN, elem_id="patch")
-        with gr.Accordion("Beside another reply, or another policy", open=False, elem_id="beside") as next_to:
-            other, both = gr.Dropdown([], label="beside", elem_id="other"), gr.HTML("", **PLAIN, elem_id="both")
-        with gr.Accordion("Take it along", open=False, elem_id="export"):
+        pair, fill = fold(desk, held, query, QUICK, MODEL)
+        with gr.Accordion("Take it along", open=False, elem_id="export", elem_classes="rlw-fold"):
             make, made = gr.Button("Make files", elem_id="make", size="sm"), gr.HTML("", **PLAIN, elem_id="files")
 
-        outputs = [held, query, links, says, strip, checks, card, picture, column, reply, policy, run, step, source, of_run, of_file, of_ink]
+        outputs = [held, query, links, says, strip, checks, card, picture, column, reply, policy, run, step, source, of_run, of_file, of_ink, *pair]
         answers, view = [strip, checks, card, top, instead, ways, over, shades, because, wrong, fork], [held, query]
 
         def then_ask(event, called):
             return event.then(live, held, answers, api_name=f"{called}_asked", **MODEL)
-        then_ask(demo.load(arrive, None, [*outputs, question, part, method, trouble], api_name="arrive", concurrency_id="model", show_progress="hidden"), "arrive")
+        then_ask(demo.load(arrive, None, [*outputs, question, part, method, trouble], api_name="inspector_arrive", concurrency_id="model", show_progress="hidden"), "inspector_arrive")
         for box, name in ((run, "run"), (step, "step"), (reply, "reply"), (column, "column"), (policy, "policy")):
             then_ask(box.input(menu(name), [held, box], outputs, api_name=name, **QUICK), name)
         source.input(lambda s: [gr.update(visible=s == x) for x in SOURCES], source, [of_run, of_file, of_ink], api_name="source", **QUICK)
-        then_ask(strip.click(token, held, [*view, card, checks], api_name="token", **QUICK), "token")
+        then_ask(strip.click(token, [held, *said[:2]], [*view, card, checks], api_name="inspector_token", **QUICK), "inspector_token")
         for box in (part, method):
             then_ask(box.input(explain, [held, part, method], view, api_name=box.elem_id, **QUICK), box.elem_id)
-        shades.click(patch, held, view, api_name="patch", **QUICK).then(lambda held: lenses(desk, view_of(held)), held, [depths, of_patch], api_name="patch_asked", **MODEL)
+        shades.click(patch, [held, said[2]], view, api_name="patch", **QUICK).then(lambda held: lenses(desk, view_of(held)), held, [depths, of_patch], api_name="patch_asked", **MODEL)
         inside.expand(lambda held: lenses(desk, view_of(held)), held, [depths, of_patch], api_name="lenses", **MODEL)
         then_ask(fork.click(branch, [held, instead], [*outputs, wrong], api_name="branch", **MODEL), "branch")
         then_ask(cut.click(prune, held, outputs, api_name="prune", **QUICK), "prune")
@@ -189,11 +180,9 @@ def build(places: Places) -> gr.Blocks:
         bring.upload(brought, bring, [ink, seen], api_name="bring", **QUICK)
         wipe.click(lambda: (None, "", ""), None, [ink, seen, trouble], api_name="wipe", **QUICK)
         then_ask(go.click(ask, [ink, question, truth], [*outputs, trouble], api_name="ask", **MODEL), "ask")
-        next_to.expand(others, held, [other, both], api_name="others", **MODEL)
-        other.input(compare, [held, other], [*view, both], api_name="beside", **MODEL)
         make.click(lambda held: files(desk, view_of(held)), held, made, api_name="files", **MODEL)
     return demo
 
 
 if __name__ == "__main__":
-    served(build(Places()))
+    served(build(Places(), alone=True))

@@ -4,8 +4,8 @@ import gradio as gr
 from rlworkbench.core.config import Config
 from rlworkbench.core.registry import policies, recipes, tasks
 from rlworkbench.serving.board import COLUMNS
-from rlworkbench.serving.clicks import CLICKS
-from rlworkbench.serving.deeds import arrived, asked, attempted, long_run, long_start, newest, watched, who_else
+from rlworkbench.serving.clicks import CLICKS, heard
+from rlworkbench.serving.deeds import arrived, asking, attempted, long_run, long_start, newest, watched, who_else
 from rlworkbench.serving.frame import bar, served
 from rlworkbench.serving.keys import ADDRESS, HELP, KEYS, STYLE
 from rlworkbench.serving.places import Places
@@ -25,14 +25,14 @@ def config_of(values, steps: int=1000) -> Config:
     return Config(**given, steps=steps, evaluate=0, threads="1", record="full")
 
 
-def build(places: Places, limit: int=4) -> gr.Blocks:
+def build(places: Places, limit: int=4, alone: bool=False) -> gr.Blocks:
     "The page: boxes, buttons and wires. What they do is in serving/deeds and serving/stepping."
-    desk = Desk(places, Sessions(limit, 900))
+    desk, top = Desk(places, Sessions(limit, 900)), lambda **view: bar("stepper", alone, **view)
 
     def views(s: Shown, visitor) -> list:
         low, high = (s.steps[0], s.steps[-1]) if s.steps else (0, 0)
         slider = gr.update(minimum=low, maximum=max(high, low + 1), value=max(s.spot.step, low), interactive=len(s.steps) > 1, label=f"step {max(s.spot.step, 0)} of {high}")
-        return [s.spot, bar("stepper", run=None if s.live else s.spot.run or None), s.note, s.bar, s.board, s.card, s.curves, slider, s.spot.query,
+        return [s.spot, top(run=None if s.live else s.spot.run or None), s.note, s.bar, s.board, s.card, s.curves, slider, s.spot.query,
                 *(gr.update(visible=v) for v in (not s.live, s.live, s.live, s.live)), gr.update(choices=desk.names(visitor, s.spot.run), value=s.spot.run)]
 
     def at(spot, request, **how) -> list:
@@ -61,11 +61,12 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
     def coloured(spot: Spot, column: str, request: gr.Request):
         return at(spot.but(column=column), request)
 
-    def picked(spot: Spot, request: gr.Request, event: gr.EventData):
-        return at(spot.but(group=int(event.pick), reply=-1, token=-1), request)
+    def picked(spot: Spot, group: int, request: gr.Request, event: gr.EventData):
+        return at(spot.but(group=heard(event, pick=group)[0], reply=-1, token=-1), request)
 
-    def chosen(spot: Spot, request: gr.Request, event: gr.EventData):
-        s = shown(desk, spot.but(reply=int(event.strip), token=int(event.token)), request.session_hash)
+    def chosen(spot: Spot, reply: int, token: int, request: gr.Request, event: gr.EventData):
+        reply, token = heard(event, strip=reply, token=token)
+        s = shown(desk, spot.but(reply=reply, token=token), request.session_hash)
         return s.spot, s.card, s.spot.query
 
     def deed(act):
@@ -84,12 +85,11 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
         if trainer := desk.trainers.get(request.session_hash):
             trainer.pause()
 
-    def release(request: gr.Request):
-        pause(request)
-        desk.trainers.close(request.session_hash)
+    def stepper_left(request: gr.Request):
+        desk.leave(request.session_hash)
 
-    def reset(request: gr.Request):
-        release(request)
+    def leave_it(request: gr.Request):
+        stepper_left(request)
         return at(Spot(run=places.default()), request)
 
     def who(spot: Spot, request: gr.Request):
@@ -97,7 +97,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
         return gr.update(choices=names, value=[n for n in ("dapo", "stapo") if n in names])
 
     def ask(spot: Spot, names: list, request: gr.Request, progress=gr.Progress()):
-        return asked(desk, spot, request.session_hash, names, lambda n: progress((n, spot.step - 1), desc="replaying the steps before this one"))
+        yield from asking(desk, spot, request.session_hash, names, lambda n: progress((n, spot.step - 1), desc="steps made again"))
 
     def long_begin(request: gr.Request, spot: Spot, name: str, steps: float, *values):
         try:
@@ -123,7 +123,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
         first = shown(desk, Spot(run=next(iter(places.names()), "")), None)
         gr.HTML(f"<style>{STYLE}</style>", js_on_load=KEYS, elem_classes="rlw-hidden", **PLAIN)
         spot, query = gr.State(first.spot), gr.HTML("", js_on_load=ADDRESS, elem_id="address", elem_classes="rlw-hidden", **PLAIN)
-        links = gr.HTML(bar("stepper"), **PLAIN)
+        links, said = gr.HTML(top(), **PLAIN), [gr.Number(-1, visible=False, precision=0, label=what) for what in ("group", "reply", "token")]
         gr.HTML('<div class="rlw rlw-page"><h1>Training stepper</h1><p class="rlw-soft">One training step, phase by phase: the replies, what they were worth, and what the update did to each token.</p></div>', **PLAIN)
         with gr.Row(elem_classes="rlw-controls"):
             run = gr.Dropdown(desk.names(None), value=first.spot.run, label="look at", scale=3, min_width=200, elem_id="run")
@@ -134,7 +134,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
         with gr.Row(elem_classes="rlw-controls"):
             recipe = gr.Dropdown([*recipes.all()], value="grpo", label="recipe", scale=3, min_width=160, elem_id="recipe")
             start = gr.Button("Train live", variant="primary", scale=1, min_width=110, elem_id="start")
-        with gr.Accordion("Settings of the trainer: task, policy, sizes, seed", open=False):
+        with gr.Accordion("Settings of the trainer: task, policy, sizes, seed", open=False, elem_id="settings", elem_classes="rlw-fold"):
             with gr.Row(elem_classes="rlw-controls"):
                 task = gr.Dropdown([t for t in tasks.all() if not t.endswith(":")], value="digits-sum", label="task")
                 policy = gr.Dropdown([p for p in policies.all() if not p.endswith(":")], value="tiny", label="policy")
@@ -147,7 +147,7 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
             count, several = gr.Number(5, label="steps", precision=0, minimum=1, maximum=50, min_width=80, elem_id="count"), gr.Button("run them", elem_id="run-steps", min_width=90)
             target, onward = gr.Number(0, label="step", precision=0, minimum=0, min_width=80, elem_id="target"), gr.Button("go to it", elem_id="go", min_width=90)
             other, forked = gr.Dropdown([*recipes.all()], value="dapo", label="another recipe", min_width=140, elem_id="other"), gr.Button("fork here", elem_id="fork", min_width=90)
-            leave = gr.Button("close", elem_id="reset", min_width=80)
+            reset, leave = gr.Button("reset", elem_id="reset", min_width=80), gr.Button("close trainer", elem_id="close", min_width=80)
         with gr.Row(elem_classes="rlw-controls"):
             state, halt = gr.HTML("", **PLAIN, elem_id="state"), gr.Button("Stop", visible=False, variant="stop", elem_id="halt", min_width=90)
         note, phases = gr.HTML(first.note, **PLAIN, elem_id="note"), gr.HTML(first.bar, **PLAIN, elem_id="phases")
@@ -157,11 +157,11 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
                 board = gr.HTML(first.board, js_on_load=CLICKS, **PLAIN, elem_id="board")
             with gr.Column(scale=4, min_width=300):
                 card, curves = gr.HTML(first.card, **PLAIN, elem_id="card"), gr.HTML(first.curves, **PLAIN, elem_id="curves")
-        with gr.Accordion("What would another recipe have done with these replies?", open=False, elem_id="whatif") as whatif:
+        with gr.Accordion("What would another recipe have done with these replies?", open=False, elem_id="whatif", elem_classes="rlw-fold") as whatif:
             with gr.Row(elem_classes="rlw-controls"):
                 names, question = gr.Dropdown([], multiselect=True, label="recipes", scale=5, elem_id="names"), gr.Button("Ask", scale=1, min_width=90, elem_id="ask")
-            answer = gr.HTML("", **PLAIN, elem_id="answer")
-        with gr.Accordion("A long run, in a process of its own, with the settings above", open=False, elem_id="long"):
+            making, answer = gr.HTML("", **PLAIN, elem_id="making"), gr.HTML("", **PLAIN, elem_id="answer")
+        with gr.Accordion("A long run, in a process of its own, with the settings above", open=False, elem_id="long", elem_classes="rlw-fold"):
             with gr.Row(elem_classes="rlw-controls"):
                 name, steps = gr.Textbox(label="name", placeholder="made of recipe, task and seed", scale=3, elem_id="name"), gr.Number(100, label="steps", precision=0, minimum=1, scale=1, min_width=90, elem_id="steps")
                 launch = gr.Button("Start", elem_id="launch", min_width=90)
@@ -170,31 +170,31 @@ def build(places: Places, limit: int=4) -> gr.Blocks:
 
         screen = [spot, links, note, phases, board, card, curves, slider, query, phase_seen, phase_live, controls, leave, run]
         dial, worker = [recipe, task, policy, seed, lr, prompts, group, batches, epochs], [state, timer, halt]
-        demo.load(arrive, None, [*screen, column, *worker], queue=False, show_progress="hidden", api_name="arrive")
+        demo.load(arrive, None, [*screen, column, *worker], queue=False, show_progress="hidden", api_name="stepper_arrive")
         run.input(look, run, [*screen, *worker], api_name="look", **QUICK)
         slider.input(scrub, [spot, slider], screen, api_name="scrub", **QUICK)
         for button, by, called in ((step_before, {"steps": -1}, "before"), (step_after, {"steps": 1}, "after"), (phase_seen, {"phases": 1}, "next_seen")):
             button.click(walk(**by), spot, screen, api_name=called, queue=False, show_progress="hidden", trigger_mode="multiple")
         column.input(coloured, [spot, column], screen, api_name="colour", **QUICK)
-        board.select(picked, spot, screen, api_name="pick", **QUICK)
-        board.click(chosen, spot, [spot, card, query], api_name="token", **QUICK)
+        board.select(picked, [spot, said[0]], screen, api_name="pick", **QUICK)
+        board.click(chosen, [spot, *said[1:]], [spot, card, query], api_name="stepper_token", **QUICK)
         deeds = ((start, deed(lambda me, *v: desk.begin(me, config_of(v))), dial, "begin"), (phase_live, deed(lambda me: desk.live(me).next()), [], "next_phase"),
-                 (step_live, work(lambda live: live.run(1)), [], "next_step"), (back_live, deed(lambda me: desk.live(me).back()), [], "back"),
+                 (step_live, work(lambda live: live.run(1)), [], "next_step"), (back_live, work(lambda live: live.retreat()), [], "back"),
                  (several, work(lambda live, n: live.run(max(1, min(n, 50)))), [count], "run_steps"), (onward, work(lambda live, n: live.go(max(0, min(n, live.done + 50)))), [target], "go"),
-                 (forked, deed(lambda me, r: desk.live(me).fork(r)), [other], "fork"))
+                 (forked, deed(lambda me, r: desk.live(me).fork(r)), [other], "fork"), (reset, deed(lambda me: desk.live(me).reset()), [], "reset"))
         for button, done, given, called in deeds:
             each = {"trigger_mode": "multiple"} if called in ("next_phase", "next_step", "back") else {}     # a key that is pressed thrice means three
             button.click(done, [spot, *given], screen, api_name=called, **(MODEL | each))
         pause_live.click(pause, None, None, queue=False, api_name="pause")
-        leave.click(reset, None, screen, queue=False, api_name="close")
+        leave.click(leave_it, None, screen, queue=False, api_name="close")
         whatif.expand(who, spot, names, queue=False, show_progress="hidden", api_name="who")
-        question.click(ask, [spot, names], answer, api_name="whatif", **(MODEL | {"show_progress": "full"}))
+        question.click(ask, [spot, names], answer, api_name="whatif", show_progress_on=making, **(MODEL | {"show_progress": "full"}))
         launch.click(long_begin, [spot, name, steps, *dial], [*screen, *worker], queue=False, api_name="long_begin")
         halt.click(long_stop, spot, state, queue=False, api_name="long_stop")
         timer.tick(tick, [spot, last], [*screen, *worker, last], queue=False, show_progress="hidden", api_name="tick")
-        demo.unload(release)
+        demo.unload(stepper_left)
     return demo
 
 
 if __name__ == "__main__":
-    served(build(Places()))
+    served(build(Places(), alone=True))

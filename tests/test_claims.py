@@ -16,12 +16,13 @@ from scipy import stats
 
 from rlworkbench.claims import reproduce as work
 from rlworkbench.claims import statistics as numbers
-from rlworkbench.claims.claim import Arm, Claim, Comparison, assess, conclude
+from rlworkbench.claims.claim import PILOT, Arm, Asked, Claim, Comparison, assess, conclude, share_right, tokens_spent
 from rlworkbench.claims.reproduce import reproduce, run_arm
 from rlworkbench.claims.statistics import INCONCLUSIVE, KINDS, NOT_SUPPORTED, SUPPORTED, auroc, holm, judge, paired, region
 from rlworkbench.cli.main import main
 from rlworkbench.core.config import Config
-from rlworkbench.core.registry import claims
+from rlworkbench.core.registry import claims, tasks
+from rlworkbench.policies.tiny import load_tiny
 from rlworkbench.recipes.grpo import grpo
 from rlworkbench.recipes.reinforce import reinforce
 
@@ -165,6 +166,43 @@ def test_probes_and_shifted_seeds():
     assert run_arm(claim, "slow", 0)["curves"] == run_arm(claim, "fast", 3)["curves"] != run_arm(claim, "fast", 0)["curves"]
 
 
+# claims that ask
+
+ASKS = Claim("asks", "none", "greedy is better than drawing", {s: Asked(s, "tiny", "digits-read", 34, block=25) for s in ("greedy", "sampling")},
+             {"right": share_right, "tokens": tokens_spent}, (Comparison("right", "greedy", "sampling", .1),), seeds=40, curves=())
+
+
+def test_blocks_are_apart_and_pilots_leave_the_test_split_alone():
+    arm = ASKS.arms["greedy"]
+    asked = [i.id for seed in range(40) for i in arm.questions(seed)]
+    assert len(asked) == len(set(asked)) == 1000 and all("/test/" in i for i in asked)
+    assert all("/validation/" in i.id for i in arm.questions(PILOT + 3))
+    assert [i.id for i in arm.questions(4)] == [i.id for i in ASKS.arms["sampling"].questions(4)]
+    with pytest.raises(ValueError, match="block 40 of 25 questions goes beyond the 1000 items of digits-read, test"):
+        work.ready(ASKS, 41, 1, None, 0)
+
+
+def test_an_arm_that_asks_is_measured_on_its_traces(tmp_path):
+    result = reproduce(ASKS, seeds=2, steps=3, folder=tmp_path, first=PILOT)
+    arm = ASKS.arms["greedy"]
+    traces = arm.method()(load_tiny(), arm.questions(PILOT + 1, 3), 34, task=tasks.get("digits-read"))
+    assert result["values"]["greedy"]["right"][1] == pytest.approx(sum(t.correct for t in traces) / 3)
+    assert result["values"]["greedy"]["tokens"][1] == pytest.approx(sum(t.spent for t in traces) / 3)
+    assert result["why"].startswith("a pilot: 2 of 40 blocks of 25 questions, 3 steps, seeds from 1000 on")
+    seen, other = [], replace(ASKS, arms=ASKS.arms | {"greedy": replace(arm, budget=33)})
+    reproduce(other, seeds=2, steps=3, folder=tmp_path, first=PILOT, watch=lambda *job: seen.append(job))
+    assert seen == [("greedy", PILOT), ("greedy", PILOT + 1)]
+
+
+@pytest.mark.parametrize("change,says", [
+    ({"seeds": 39}, "needs 1000 questions or more, asks has 975"), ({"arms": ASKS.arms | {"greedy": replace(ASKS.arms["greedy"], block=30)}}, "not asked the same questions"),
+    ({"arms": ASKS.arms | {"greedy": Arm(grpo, TABLE)}}, "not asked the same questions"),
+])
+def test_a_claim_that_asks_different_questions_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        replace(ASKS, **change)
+
+
 # reproductions
 
 def timeless(result):
@@ -284,5 +322,8 @@ def test_a_published_result_is_of_the_claim_as_it_stands(file):
         assert [(c["says"], c["verdict"]) for c in again[part]] == [(c["says"], c["verdict"]) for c in result[part]]
     assert (again["verdict"], again["why"]) == (result["verdict"], result["why"])
     for name, arm in claim.arms.items():
+        if isinstance(arm, Asked):
+            assert result["arms"][name] == arm.told()
+            continue
         assert result["arms"][name]["recipe"] == work.show(arm.method())["is"].to_dict()
         assert Config(**result["arms"][name]["config"]) == arm.config      # what a result does not say yet is at its default

@@ -1,20 +1,20 @@
 """The trace inspector: its endpoints, and a real browser that draws, asks, clicks, branches, takes along and comes back by a link."""
-import re
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from rlworkbench.core.formats import write_traces
 from rlworkbench.core.imports import open_traces
 from rlworkbench.core.trace import Trace
 from rlworkbench.serving.frame import free, served
-from rlworkbench.serving.inspection import Inspection, asked, beside, shown
+from rlworkbench.serving.inspection import Inspection, asked, shown
 from rlworkbench.serving.moves import files, handed_in
+from rlworkbench.serving.pairs import beside
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.view import View
 from tests.conftest import CHROMIUM
+from tests.studio import models_in
 from tests.studio import server as server
 
 NASTY = ["<script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">", "{{value}}", "${document.title='broken'}", "\u202egnorts", "👩‍👩‍👧", "\0"]
@@ -43,13 +43,13 @@ def test_a_long_and_hostile_trace_is_drawn_in_bounded_time_and_stays_text(desk, 
     assert time.perf_counter() - began < 10 and links.count("<a class") == 3 and "<script" not in links
 
 
-@pytest.mark.parametrize("text, said", [("", "is empty"), ("{", "not JSON"), ("[1]", "looked for traces"), ('{"trace": 99, "id": "a"}', "upgrade it"), ("PAR1", "not JSON"), ("PAR1" + "x" * 40, "can't be read|no parquet")])
+@pytest.mark.parametrize("text, said", [("", "is empty"), ("{", "not JSON"), ("[1]", "looked for traces"), ('{"trace": 99, "id": "a"}', "upgrade it"), ("PAR1", "can't be read as parquet"), ("PAR1" + "x" * 40, "can't be read as parquet")])
 def test_a_file_that_holds_no_traces_is_a_sentence_without_paths(desk, tmp_path, text, said):
     file = tmp_path / "mine.parquet"
     file.write_text(text)
     with pytest.raises(ValueError) as e:
         handed_in(desk, file)
-    assert re.search(said + "|no parquet", str(e.value)) and str(tmp_path) not in str(e.value)
+    assert said in str(e.value) and str(tmp_path) not in str(e.value)
 
 
 @pytest.mark.parametrize("run", ["..", "../recorded", "/etc", "%2e%2e/x", "recorded/../recorded", "x" * 999, "a\0"])
@@ -93,9 +93,9 @@ def test_a_click_is_quick(desk):
 def test_every_endpoint_has_a_name_and_none_holds_a_model():
     from rlworkbench.apps.inspector import build
     demo = build(Places("/nowhere"))
+    assert models_in(demo) == []
     for event in demo.fns.values():
-        held = [c.cell_contents for c in getattr(event.fn, "__closure__", None) or ()]
-        assert event.api_name and not any(isinstance(h, torch.nn.Module) for h in held), event.api_name
+        assert event.api_name
         assert ("asked" in event.api_name) <= (event.concurrency_id == "model"), event.api_name
 
 
@@ -107,7 +107,7 @@ def test_endpoints_of_two_visitors(server):
         url = served(alone, free(), wait=False)
         one, two = (Client(url, verbose=False) for _ in range(2))
         for client, reply in ((one, 1), (two, 3)):
-            client.predict(api_name="/arrive")
+            client.predict(api_name="/inspector_arrive")
             assert f"recorded, step 1, reply {reply}" in str(client.predict(reply, api_name="/reply"))
         assert "rlw-top" in str(one.predict(api_name="/reply_asked")) and str(one.predict(api_name="/files")).count("<a class") == 3
         for client, reply in ((one, 1), (two, 3)):

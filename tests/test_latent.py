@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from rlworkbench.cli.main import main
@@ -14,7 +15,10 @@ from rlworkbench.core.config import Config
 from rlworkbench.core.registry import policies, probes, recipes, tasks
 from rlworkbench.core.seeds import generator
 from rlworkbench.core.step import Step
+from rlworkbench.diagnostics import sections as report_sections
+from rlworkbench.latent import film
 from rlworkbench.latent.amvl import ABLATIONS, amvl, forward_kl, reverse_kl, variational, with_slots
+from rlworkbench.latent.dlr import Filtered
 from rlworkbench.latent.gaussian import drawn, kl, noise_of
 from rlworkbench.latent.policy import LatentPolicy
 from rlworkbench.latent.readings import leakage, sides, think
@@ -25,7 +29,10 @@ from rlworkbench.policies.tiny import load_tiny, random_tiny
 from rlworkbench.recipes.recipe import Lesson
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
+from rlworkbench.serving import report
+from rlworkbench.tasks import photographs
 from rlworkbench.tasks.silent import digits_sum_silent, verbose_sum_silent
+from rlworkbench.tasks.task import validate
 from rlworkbench.training.choices import load_policy, new_trainer
 from rlworkbench.training.evaluate import evaluate
 from rlworkbench.training.job import resume, train
@@ -336,6 +343,12 @@ def test_a_run_can_be_asked(tmp_path):
     assert probes.get("latent-divergence")(run).table["forward"].ge(0).all()
 
 
+def test_a_run_with_adapters_keeps_its_latents(tmp_path):
+    run = train(replace(SILENT, policy="tiny", task="digits-sum-silent", steps=1, prompts=2, evaluate=0, lora=4), tmp_path / "r")
+    policy = load_policy(str(run.folder))
+    assert isinstance(policy, LatentPolicy) and policy.adapter is not None
+
+
 def test_a_leaking_posterior_is_found_and_a_trained_prior_closes_the_gap():
     "A posterior that is made to hold the answer leaks; the same without it does not."
     items, n = verbose_sum_silent.items("test")[:160], 160
@@ -371,3 +384,133 @@ def test_silent_tasks_hold_the_same_problems():
 def test_registered():
     assert isinstance(recipes.get("amvl"), Lesson) and "latent:" in policies.all()
     assert CliRunner and load_tiny
+
+
+# --- photographs: perception that is hard to put into words
+
+KINDS = ("jigsaw", "correspondence", "brightness")
+
+
+def forget():
+    for kept in (photographs.photograph, photographs._items, photographs._digest):
+        kept.cache_clear()
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    "Pictures in the place of the photographs: coarse noise, each its own."
+    for k, file in enumerate(photographs.FILES.values()):
+        noise = np.random.default_rng(k).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((320, 240), Image.BICUBIC).save(tmp_path / file)
+    monkeypatch.setattr(photographs, "file_of", lambda name: tmp_path / photographs.FILES[name])
+    forget()
+    yield tmp_path
+    forget()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_about_photographs_check_themselves(kind, pretended):
+    task = photographs.Photographs(f"mine-{kind}", kind=kind)
+    assert validate(task, limit=36) == []
+    items = task.items("test")[:30]
+    assert {i.meta["photograph"] for i in items} == {*photographs.SPLIT["test"]}
+    assert {[*photographs.FILES][i.level] for i in items} == {*photographs.SPLIT["test"]}
+    assert all(p.size == (48, 48) for i in items for p in i.images) and {len(i.images) for i in items} == {2 if kind == "correspondence" else 1}
+    assert {i.answer for i in items} == {*items[0].meta["options"]} and len({i.prompt for i in items}) == 1
+    before = [[p.tobytes() for p in i.images] for i in items]
+    forget()
+    assert [[p.tobytes() for p in i.images] for i in photographs.Photographs(f"mine-{kind}", kind=kind).items("test")[:30]] == before
+    assert sum(a != b for a, b in zip(before, before[1:])) == 29
+
+
+def test_the_right_piece_fits_the_seam_and_the_wrong_one_does_not(pretended):
+    for item in photographs.Photographs("mine").items("test")[:40]:
+        light = photographs.brightness(item.images[0])
+        a, b = (photographs.seam(light[:32, :32], piece) for piece in (light[:16, 32:], light[32:, 32:]))
+        assert ("A" if a < b else "B") == item.answer and min(a, b) < .5 * max(a, b)
+
+
+@pytest.mark.parametrize("turn", [0.0, .3, -.4])
+def test_a_view_shows_what_its_matrix_says(turn):
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (180, 1))
+    for photo, axis in ((Image.fromarray(ramp), 0), (Image.fromarray(np.ascontiguousarray(ramp.T[:180])), 1)):
+        view = photographs.somewhere(photo, 48, 1.3, np.random.default_rng(1), turn)
+        seen = np.asarray(view.of(photo), dtype=float)
+        for u in ((5, 9), (24, 24), (40, 11)):
+            point = view.out(np.array(u) + .5)
+            assert seen[u[1], u[0]] == pytest.approx(point[axis] - .5, abs=1.0) and view.back(point) == pytest.approx(np.array(u) + .5)
+
+
+@pytest.mark.parametrize("change,says", [(lambda m: m.setattr(photographs, "find_spec", lambda name: None), "photographs need scikit-image: pip install 'rlworkbench[tasks]'"),
+                                         (lambda m: m.setitem(photographs.FILES, "astronaut", "nobody.png"), "ships without nobody.png|photographs need scikit-image")])
+def test_photographs_that_are_not_there_are_one_sentence(change, says, monkeypatch, capsys, tmp_path):
+    change(monkeypatch)
+    forget()
+    with pytest.raises(ValueError, match=says.replace("[", r"\[").replace("]", r"\]")):
+        tasks.get("photographs-jigsaw").items()[0]
+    said = run(monkeypatch, capsys, "train", "--task", "photographs-jigsaw", "--policy", "random-tiny", "--recipe", "amvl", "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+    assert "scikit-image" in said and "Traceback" not in said
+    forget()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_train_on_photographs(kind, pretended):
+    trainer = Trainer(random_tiny(), tasks.get(f"photographs-{kind}"), with_slots(amvl, 2, 4), prompts=4, lr=1e-3, steps=2)
+    rows = trainer.fit(2)
+    assert np.isfinite([r["loss"] for r in rows]).all()
+
+
+# --- choosing thoughts before decoding, and watching them over training
+
+def test_the_filter_decodes_what_it_likes():
+    policy, items = LatentPolicy(random_tiny(), 4, 16), digits_sum_silent.items()[:3]
+    state = Filtered().init()
+    state = state | {"into": torch.zeros_like(state["into"]), "out": torch.ones_like(state["out"])}
+    state["into"][64] = 1.0                      # it likes a large first number of the first slot, where that is above 0
+    drawn = {}
+    for share in (0.0, 1.0):
+        step = Step(items=items, size=(3, 8), clock=(2, 9), group=torch.arange(3).repeat_interleave(8), prompts=policy.encode(items), memory={"Filtered": state})
+        with torch.no_grad():
+            z, law = Filtered(random=share, over=8).drawn(policy, step)
+        assert z.shape == law[0].shape == (24, 4, 16) and len({tuple(r) for r in z.flatten(1).tolist()}) == 24
+        drawn[share] = (z - law[0])[:, 0, 0]
+    assert drawn[0.0].mean() > drawn[1.0].mean() + .2 and abs(drawn[1.0].mean()) < .25
+
+
+@pytest.mark.parametrize("recipe", ["amvl", "dlr_filtered"])
+def test_a_watched_run_is_resumed_with_its_memory_and_looks_as_it_would_unwatched(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(film.Clouds.__init__, "__defaults__", (2, 40, True))
+    config = replace(SILENT, recipe=recipe, steps=6, prompts=2, group=4, watch="latents", keep=0)
+    whole, plain = train(config, tmp_path / "whole"), train(replace(config, watch=None), tmp_path / "plain")
+    mine = [*film.NAMES]
+    assert whole.metrics[mine].notna().all(axis=1).tolist() == [True, False] * 3 and whole.metrics["latent/path"][0] == 0
+    timeless = [c for c in whole.metrics if not c.startswith(("time/", "cpu/")) and c not in mine]
+    assert len(timeless) > 5 and whole.metrics[timeless].equals(plain.metrics[timeless])
+
+    def stop(run, step):
+        if step.clock[0] == 4:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "short", stop)
+    resumed = resume(tmp_path / "short")
+    assert whole.metrics[timeless + mine].equals(resumed.metrics[timeless + mine])
+
+
+def test_the_report_has_one_figure_and_one_caption_for_each_question_about_latents(tmp_path, monkeypatch):
+    heading = "Is its latent space stable?"
+    run = train(replace(SILENT, steps=3, watch="latents"), tmp_path / "r")
+    monkeypatch.setattr(report, "SECTIONS", {"While it learned": ()})
+    monkeypatch.setattr(report, "INSIDE", {heading: ()})
+    html = report.diagnosed(run, inside=True)
+    names = ("latent-over-training", *report_sections.INSIDE[heading])
+    assert {p.name for p in LATENT} | {"latent-over-training"} == {*names}
+    pieces = {n: html.partition(f"<code class=soft>{n}</code></p>")[2].partition("<p><b>")[0].partition("<h2>")[0] for n in names}
+    for name, piece in pieces.items():
+        assert piece.count("<svg") == 1, name
+        assert piece.count(html_of(probes.get(name).caption)) >= 1, name
+        assert html_of(probes.get(name).doc[0].upper() + probes.get(name).doc[1:]) in html
+
+
+def html_of(text: str) -> str:
+    import html
+    return html.escape(text)

@@ -19,7 +19,7 @@ from rlworkbench.training.job import resume, train
 from rlworkbench.training.run import Run
 from tests.test_families import SEEING, drawn, noise
 
-PROBES = {name: p for name, p in probes.all().items() if not {"latent", "prior", "posterior"} & {*p.needs}}   # the latent ones: tests/test_latent
+PROBES = {name: p for name, p in probes.all().items() if not {"latent", "prior", "posterior", "latent/path"} & {*p.needs}}   # the latent ones: tests/test_latent
 READING_MODELS = [name for name, probe in PROBES.items() if probe.reads == "policy"]
 every = pytest.mark.parametrize("name", PROBES)
 LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3, watch="looking,geometry")
@@ -251,7 +251,7 @@ def test_watchers_write_into_the_log_and_change_nothing(recorded, tmp_path):
     assert same_log(whole, resume(watched.folder).metrics), "a resumed run goes on recording, against the same first frame"
 
 
-@pytest.mark.parametrize("watch, says", [("lookin", "did you mean looking"), ("nothing at all", "known: film, geometry, looking")])
+@pytest.mark.parametrize("watch, says", [("lookin", "did you mean looking"), ("nothing at all", "known: film, geometry, latents, looking")])
 def test_an_unknown_watcher_is_refused_before_anything_is_written(watch, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         train(replace(LAW, watch=watch), tmp_path / "run")

@@ -7,19 +7,24 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from rlworkbench.claims.nolan import answer_pushed_wrongly
 from rlworkbench.cli.main import app
 from rlworkbench.core.formats import from_record, to_record
 from rlworkbench.core.item import Item
 from rlworkbench.core.registry import strategies
 from rlworkbench.core.trace import Trace
+from rlworkbench.policies.experts import EXPERTS
 from rlworkbench.policies.families import FAMILIES, family
 from rlworkbench.policies.micro import MICROS, random_micro
 from rlworkbench.policies.table import uniform
 from rlworkbench.policies.tiny import load_tiny
+from rlworkbench.reasoning.contrast import divergence, push
 from rlworkbench.reasoning.drafts import decode
 from rlworkbench.tasks.bandit import bandit
 from rlworkbench.tasks.digits import digits_sum
+from rlworkbench.tasks.sevens import sevens_even
 from rlworkbench.tasks.verbose import verbose_sum
+from rlworkbench.training.beds import make_micro
 from tests.test_families import ITEMS, Lottery, noise
 
 STRATEGIES = strategies.all()
@@ -120,6 +125,24 @@ def test_nothing_of_the_policy_moves(tiny, name):
     assert hooks() == there
 
 
+@pytest.mark.parametrize("name", ["cot-vector", "cot-vector-learned", "fractional", "fractional-vote"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_hooks_come_off_in_the_middle_of_a_reply(tiny, name, error, monkeypatch):
+    own, step, passes = STRATEGIES[name], tiny.step, []
+    ready, hooks = own.but(**own.prepare(tiny, digits_sum, 0)), lambda: sum(len(m._forward_hooks) for m in tiny.tower.modules())
+    before = hooks()
+
+    def breaking(*args, **kw):
+        passes.append(hooks())
+        if len(passes) == 3:
+            raise error("in the middle")
+        return step(*args, **kw)
+    monkeypatch.setattr(tiny, "step", breaking, raising=False)
+    with pytest.raises(error, match="in the middle"):
+        ready(tiny, digits_sum.items("test")[:2], 68, task=digits_sum)
+    assert min(passes) > before == hooks()
+
+
 # --- what is spent ---
 @every
 def test_every_token_that_was_drawn_is_in_the_trace(tiny, name, monkeypatch):
@@ -132,7 +155,14 @@ def test_every_token_that_was_drawn_is_in_the_trace(tiny, name, monkeypatch):
         found = decode(readers, *args, **kw)
         drawn.append(len(readers) * sum(map(len, found.ids)))
         return found
-    monkeypatch.setattr(__import__(own.run.__module__, fromlist=["decode"]), "decode", counting)
+    module = __import__(own.run.__module__, fromlist=["decode"])
+    if hasattr(module, "slopes"):
+        def charging(policy, prompts, ids, *more, slopes=module.slopes):
+            "Forward and backward over a reply: three times its tokens."
+            drawn.append(3 * len(ids))
+            return slopes(policy, prompts, ids, *more)
+        monkeypatch.setattr(module, "slopes", charging)
+    monkeypatch.setattr(module, "decode", counting)
     monkeypatch.setattr("rlworkbench.reasoning.parallel.decode", counting)
     traces = ready(tiny, items, 102, task=digits_sum)
     assert sum(t.spent for t in traces) == sum(drawn) > 0
@@ -208,6 +238,44 @@ def test_a_picture_of_one_pixel_and_a_prompt_of_many_words(tiny):
     odd = [Item("pixel", "What is the sum?", images=(Image.new("RGB", (1, 1)),)), Item("long", "What is the sum?" + "+" * 150, images=(noise(0),))]
     for name in ("greedy", "nolan", "self-consistency"):
         check(ask(name, tiny, odd), odd, BUDGET)
+
+
+# --- a planted prior ---
+@pytest.fixture(scope="session")
+def habitual():
+    "tiny-prior after a quarter of its lessons: the habit is there."
+    return make_micro(EXPERTS["tiny-prior"], steps=25)
+
+
+def sevens(policy):
+    "Shares of 48 pictures: counter ones that were read as ending in a seven, counter right, consistent right."
+    items = [sevens_even.item("validation", k) for k in range(48)]
+    traces = STRATEGIES["greedy"](policy, items, 24, task=sevens_even)
+    of = lambda tag, f: sum(f(t) for t, i in zip(traces, items) if tag in i.tags) / 24
+    return of("counter", lambda t: t.answer.endswith("7")), of("counter", lambda t: t.correct), of("consistent", lambda t: t.correct)
+
+
+def test_a_planted_prior_leans_the_way_it_was_planted(tiny, habitual):
+    before, after = sevens(tiny), sevens(habitual)
+    assert before[0] < .2 < after[0] and after[2] > after[1] + .15
+    assert after[2] > before[2] + .2
+
+
+@pytest.mark.parametrize("whose", ["shuffled", "borrowed"])
+def test_a_wrong_push_is_as_long_as_the_right_one(tiny, monkeypatch, whose):
+    caught, items = [], sevens_even.items("validation")[:4]
+
+    def once(readers, rows, room, mix, **kw):
+        own, other = torch.randn(2, 4, tiny.vocabulary, generator=torch.Generator().manual_seed(0))
+        own[:, list(tiny.banned)] = other[:, list(tiny.banned)] = -1e4
+        caught.append((push(divergence(own, other))[:, None] * (own - other), mix(own, other) - own))
+        return decode(readers, rows, room, law=kw["law"])
+    monkeypatch.setattr("rlworkbench.claims.nolan.decode", once)
+    answer_pushed_wrongly(tiny, items, 48, task=sevens_even, seed=0, whose=whose)
+    (right, wrong), = caught
+    same = right if whose == "shuffled" else right.roll(1, 0)
+    assert torch.allclose(same.sort(-1).values, wrong.sort(-1).values, atol=1e-4) and not torch.allclose(right, wrong, atol=.1)
+    assert wrong[:, list(tiny.banned)].abs().max() < 1e-3
 
 
 # --- the command line ---

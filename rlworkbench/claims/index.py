@@ -56,7 +56,8 @@ def papers(
 def about(claim, methods: list) -> list:
     "The methods that a claim is about."
     same = [m for m in methods if papers(m.paper) & papers(claim.paper)]
-    trained = {a.recipe if isinstance(a.recipe, str) else a.recipe.name for a in claim.arms.values()}
+    arms = (getattr(a, "recipe", "") for a in claim.arms.values())   # an arm that asks has none
+    trained = {getattr(r, "name", r) for r in arms}
     return [m for m in same if m.name in trained] or same
 
 
@@ -70,7 +71,7 @@ def in_short(
     result,    # of a claim, or None
 ) -> str:
     "A verdict and over how many seeds."
-    return f"{result['verdict']} ({len(result['seeds'])} seeds)" if result else "not run"
+    return f"{result['verdict']} ({len(result['seeds'])} {result.get('unit', 'seeds')})" if result else "not run"
 
 # %% ../../nbs/claims/10_index.ipynb #c014
 def paper_index() -> pd.DataFrame:

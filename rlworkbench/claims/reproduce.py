@@ -30,28 +30,22 @@ from ..core.registry import claims
 from ..core.settings import load_settings
 from ..recipes.recipe import show
 from ..training.beds import VARIANTS, base_policy
-from ..training.choices import new_trainer
-from ..training.evaluate import evaluate
-from .claim import Arm, Claim, Finished, assess
+from .claim import Arm, Asked, Claim, assess
 
 # %% ../../nbs/claims/02_reproduce.ipynb #c005
 def run_arm(
     claim: Claim,
     name: str,       # of an arm
     seed: int,
-    steps: int=None, # None: what the arm's config says
+    steps: int=None, # None: what the arm says
 ) -> dict:           # values, curves, CPU seconds
-    "Train an arm with a seed and measure it. Raises ValueError if a measure is not a finite number."
+    "Train or ask an arm with a seed and measure it. Raises ValueError if a measure is not a finite number."
     start, arm = time.process_time(), claim.arms[name]
-    config = replace(arm.config, seed=seed + arm.shift, steps=steps or arm.config.steps, threads="1")
-    trainer, probes = new_trainer(config, arm.method()), {p.__name__: p() for p in arm.probes}
-    rows = trainer.fit(config.steps, watchers=list(probes.values()))
-    final = evaluate(trainer.policy, trainer.task, config.evaluate, config.max_tokens or trainer.task.max_tokens, seed=config.seed) if config.evaluate else None
-    done = Finished(rows, final, probes, seed)
+    done = arm.run(seed, steps or arm.amount)
     values = {measure: float(of(done)) for measure, of in claim.measures.items()}
     for measure in (m for m, v in values.items() if not math.isfinite(v)):
         raise ValueError(f"the measure {measure!r} is {values[measure]}")
-    curves = {k: [round(float(r[k]), 5) for r in rows if k in r] for k in claim.curves}
+    curves = {k: [round(float(r[k]), 5) for r in done.rows if k in r] for k in claim.curves}
     return {"values": values, "curves": curves, "cpu_seconds": round(time.process_time() - start, 2)}
 
 # %% ../../nbs/claims/02_reproduce.ipynb #c008
@@ -63,9 +57,9 @@ def package() -> Path:
     return Path(str(files("rlworkbench")))
 
 
-def code_digest() -> str:
-    "A hash of the code that trains."
-    code = sorted(f for wing in WINGS for f in (package() / wing).glob("*.py"))
+def code_digest(wings=WINGS) -> str:
+    "A hash of the code that trains, or of other wings."
+    code = sorted(f for wing in wings for f in (package() / wing).glob("*.py"))
     return hashlib.blake2b(b"".join(f.read_bytes() for f in code), digest_size=8).hexdigest()
 
 
@@ -77,15 +71,19 @@ def written(function) -> str:
         return repr(function)
 
 
-def built_on(arm: Arm) -> list:
+def built_on(arm: Arm | Asked) -> list:
     "Variants that an arm begins with, or that its policy's name or a slot mentions."
-    told = f"{arm.config.policy} {show(arm.method())['is'].to_dict()}"
+    told = arm.policy if isinstance(arm, Asked) else f"{arm.config.policy} {show(arm.method())['is'].to_dict()}"
     return [v for v in VARIANTS if re.search(rf"(?<![\w-]){v}(?![\w-])", told)]
 
 
-def job_digest(claim: Claim, arm: Arm, steps: int, code: str) -> str:
+def job_digest(claim: Claim, arm: Arm | Asked, steps: int, code: str) -> str:
     "A hash of all that decides a job's numbers, its seed apart."
     base = [VARIANTS[v].content() for v in built_on(arm)]
+    if isinstance(arm, Asked):
+        how = (arm.told(), steps, written(arm.method().run), written(arm.method().prepare), code_digest(("reasoning",)))
+        told = (how, {m: written(f) for m, f in claim.measures.items()}, base, torch.__version__, code)
+        return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
     told = (asdict(replace(arm.config, steps=steps, seed=0)), show(arm.method()).to_dict(), arm.shift, [written(p) for p in arm.probes],
             {m: written(f) for m, f in claim.measures.items()}, claim.curves, base, torch.__version__, code)
     return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
@@ -163,19 +161,19 @@ def claim_folder(
 
 
 def ready(claim: Claim, seeds: int, jobs: int, steps: int, first: int):
-    "Build missing base policies and make each arm's trainer once. Raises ValueError before anything is run."
+    "Build missing base policies and try each arm once. Raises ValueError before anything is run."
     for name, value, least in (("seeds", seeds, 2), ("jobs", jobs, 1), ("steps", 1 if steps is None else steps, 1), ("first seed", first, 0)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     for name in sorted({v for a in claim.arms.values() for v in built_on(a)}):
         base_policy(name)
     for arm in claim.arms.values():
-        new_trainer(arm.config, arm.method())
+        arm.check(first + seeds - 1)
 
 
 def pilot_of(claim: Claim, seeds: int, steps: int, first: int) -> str:
     "Why this is none but a pilot; nothing if it is the claim as stated."
-    why = [f"{seeds} of {claim.seeds} seeds"] if seeds < claim.seeds else []
+    why = [f"{seeds} of {claim.seeds} {claim.unit}"] if seeds < claim.seeds else []
     why += [f"{steps} steps"] if steps is not None else []
     why += [f"seeds from {first} on"] if first else []
     return ", ".join(why)
@@ -197,7 +195,7 @@ def reproduce(
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(first, first + seeds):
         for name, arm in claim.arms.items():
-            n = steps or arm.config.steps
+            n = steps or arm.amount
             plan[name, seed] = (claim, name, seed, n, job_digest(claim, arm, n, code), folder / f"{name}-{seed}.json")
     done = lambda job: finished(job[-1], job[-2])
     work_off([job for job in plan.values() if done(job) is None], jobs, watch)
@@ -212,13 +210,13 @@ def summary(claim: Claim, found: dict, pilot: str, code: str) -> dict:
     of = lambda arm, what, name: [found[arm, seed][what][name] for seed in seeds]
     values = {arm: {m: of(arm, "values", m) for m in claim.measures} for arm in claim.arms}
     curves = {arm: {k: [round(sum(x) / len(seeds), 5) for x in zip(*of(arm, "curves", k))] for k in claim.curves} for arm in claim.arms}
-    arms = {n: {"recipe": show(a.method())["is"].to_dict(), "config": asdict(a.config), "shift": a.shift, "doc": a.doc} for n, a in claim.arms.items()}
+    arms = {n: a.told() for n, a in claim.arms.items()}
     versions = {"python": platform.python_version(), **{p: version(p) for p in ("rlworkbench", "torch", "transformers", "numpy", "scipy")}}
-    return {"claim": claim.name, "paper": claim.paper, "says": claim.doc, **assess(claim, values, pilot), "seeds": seeds, "values": values,
+    return {"claim": claim.name, "paper": claim.paper, "says": claim.doc, **assess(claim, values, pilot), "seeds": seeds, "unit": claim.unit, "values": values,
             "curves": curves, "arms": arms, "cpu_seconds": round(sum(f["cpu_seconds"] for f in found.values()), 1), "cpu_budget": claim.cpu_budget,
             "versions": versions, "code": code}
 
-# %% ../../nbs/claims/02_reproduce.ipynb #c023
+# %% ../../nbs/claims/02_reproduce.ipynb #c025
 def known_result(
     name: str,    # of a claim
 ):                # a result, or None
@@ -234,4 +232,4 @@ def result_lines(
     row = lambda mark, c: f"  {mark} {c['says']}: {c['mean'] if abs(c['mean']) > 1e-6 else 0:+.4g} [{c['low']:+.4g}, {c['high']:+.4g}], {c['verdict']}"
     return [f"{result['claim']}: {result['says']} ({result['paper']})", *(row("comparison", c) for c in result["comparisons"]),
             *(row("control   ", c) for c in result["controls"]),
-            f"{result['verdict']}: {result['why']}; {len(result['seeds'])} seeds, {result['cpu_seconds']:.0f} CPU seconds"]
+            f"{result['verdict']}: {result['why']}; {len(result['seeds'])} {result.get('unit', 'seeds')}, {result['cpu_seconds']:.0f} CPU seconds"]

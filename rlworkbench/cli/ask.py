@@ -114,7 +114,7 @@ def evaluate_command(
     n: Annotated[int, typer.Option(help="held-out problems")] = 200,
     k: Annotated[int, typer.Option(help="samples per problem")] = 4,
     seed: Annotated[int, typer.Option()] = 0,
-    strategy: Annotated[Optional[str], typer.Option(help="strategies with commas, to be compared: rlworkbench list strategies")] = None,
+    strategy: Annotated[Optional[str], typer.Option(help="strategies with commas, or all, to be compared: rlworkbench list strategies")] = None,
     budgets: Annotated[str, typer.Option(help="tokens that a strategy may spend on a question, with commas")] = "32,64,128",
     html: Annotated[Optional[Path], typer.Option(help="write the comparison of strategies as a page")] = None,
     threads: Annotated[str, typer.Option(help="torch threads")] = "auto",
@@ -153,9 +153,9 @@ def compare_strategies(
 ):
     "Measure, print, write."
     from rlworkbench.core.files import write_text
-    from rlworkbench.reasoning.budget import budget_page, compare, lines, read_budgets
+    from rlworkbench.reasoning.budget import asked_for, budget_page, compare, lines, read_budgets
     check_place(page)
-    with bar(len(names.split(",")) * len(read_budgets(budgets)), as_json) as progress:
+    with bar(len(asked_for(names)) * len(read_budgets(budgets)), as_json) as progress:
         told = {"policy": named} | compare(policy, task, names, budgets, n, seed, progress.update)
     command = f"rlworkbench eval {named} --task {told['task']} --strategy {names} --budgets {budgets} --n {n} --seed {seed}"
     say("\n".join([f"{told['task']}, {n} questions", *lines(told)]), as_json)

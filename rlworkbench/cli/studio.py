@@ -22,6 +22,7 @@ def studio(
     port: Annotated[Optional[int], typer.Option(help="default: the first free one from 7860 on")] = None,
     auth: Annotated[Optional[str], typer.Option(metavar="USER:PASSWORD", help="ask for them")] = None,
     limit: Annotated[int, typer.Option(help="live trainers at once")] = 4,
+    data: Annotated[Optional[list[Path]], typer.Option(help="folders with files that runs may name (task, policy, parent), besides the runs folder")] = None,
 ):
     "Open the studio: step through training, inspect traces, compare runs, in a browser on this machine."
     from rlworkbench.core.settings import load_settings, use_threads
@@ -31,9 +32,11 @@ def studio(
         raise ValueError(f"--limit must be 1 or more, got {limit}")
     if runs is not None and not runs.is_dir():
         raise ValueError(f"--runs must be a folder, and there is none at {runs}")
+    if missing := [d for d in data or () if not d.is_dir()]:
+        raise ValueError(f"--data must be a folder, and there is none at {missing[0]}")
     ours, who, port = load_settings(), login(auth), free(port)
     root = runs or Path(ours.runs_path)
-    places = Places(root, also=run if run is None or run.exists() or not (root / run).exists() else root / run)
+    places = Places(root, also=run if run is None or run.exists() or not (root / run).exists() else root / run, data=data or ())
     with_gradio()
     use_threads(ours.threads)
     pages = import_module("rlworkbench.apps.studio")

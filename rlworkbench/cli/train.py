@@ -165,8 +165,8 @@ def make_room(
 # %% ../../nbs/cli/01_train.ipynb #c010
 @app.command()
 def build(
-    variant: Annotated[str, typer.Argument(help="tiny; a base policy of a bed: micro-verbose, micro-synonyms, micro-routes, micro-kk; smollm2; recorded, the run that the studio shows first")],
-    out: Annotated[Optional[Path], typer.Option(help="folder to write; default data/VARIANT, of recorded the package's own")] = None,
+    variant: Annotated[str, typer.Argument(help="tiny; a base policy of a bed: micro-verbose, micro-synonyms, micro-routes, micro-kk; smollm2; recorded, the run that the studio shows first; recorded-latent, that of its latent lab; recorded-answers, what its page of strategies shows first")],
+    out: Annotated[Optional[Path], typer.Option(help="folder to write; default data/VARIANT, of what is recorded the package's own")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
     steps: Annotated[Optional[int], typer.Option(help="of imitation, of recorded training steps; default: what the variant needs")] = None,
     threads: Annotated[str, typer.Option(help="torch threads")] = "auto",
@@ -176,17 +176,20 @@ def build(
     from rlworkbench.core.registry import unknown
     from rlworkbench.core.settings import use_threads
     from rlworkbench.policies.micro import built_folder
+    from rlworkbench.serving.answers import SHIPPED, build_recorded_answers, shipped_answers
+    from rlworkbench.serving.filmed import LATENT, build_recorded_latent, shipped_moments
+    from rlworkbench.serving.filmed import STEPS as LATENT_STEPS
     from rlworkbench.serving.places import shipped
     from rlworkbench.serving.shipped import STEPS, build_recorded
     from rlworkbench.training.beds import builders
-    known = builders() | {"recorded": (build_recorded, STEPS, "digits-sum")}
+    known = builders() | {"recorded": (build_recorded, STEPS, "digits-sum"), LATENT: (build_recorded_latent, LATENT_STEPS, "silent:digits-max"), SHIPPED: (build_recorded_answers, None, "")}
     if variant not in known:
         raise ValueError(unknown("variant", variant, known))
     make, usual, task = known[variant]
     if steps is not None and (usual is None or steps < 1):
-        raise ValueError(f"steps must be 1 or more, got {steps}" if usual else f"{variant} is fetched, not trained; it takes no --steps")
+        raise ValueError(f"steps must be 1 or more, got {steps}" if usual else f"{variant} is not trained; it takes no --steps")
     steps = steps or usual
-    folder = out or (shipped() if variant == "recorded" else built_folder(variant))
+    folder = out or {"recorded": shipped, LATENT: shipped_moments, SHIPPED: shipped_answers}.get(variant, lambda: built_folder(variant))()
     make_room(folder, force)
     use_threads(threads)
     with bar(steps or 1, as_json) as progress:

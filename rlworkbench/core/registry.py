@@ -85,6 +85,6 @@ recipes = Registry("recipe", ("rlworkbench.recipes", "rlworkbench.latent"), (("r
 tasks = Registry("task", ("rlworkbench.tasks",), (("rlworkbench.tasks.task", "Task"), ("rlworkbench.tasks.task", "TaskSource")), "rlworkbench.tasks")
 policies = Registry("policy", ("rlworkbench.policies", "rlworkbench.latent"), (("rlworkbench.policies.policy", "PolicySpec"),), "rlworkbench.policies")
 probes = Registry("probe", ("rlworkbench.diagnostics", "rlworkbench.latent"), (("rlworkbench.diagnostics.probe", "Probe"),), "rlworkbench.probes")
-watchers = Registry("watcher", ("rlworkbench.diagnostics",), (("rlworkbench.training.health", "WatcherSpec"),), "rlworkbench.watchers")
+watchers = Registry("watcher", ("rlworkbench.diagnostics", "rlworkbench.latent"), (("rlworkbench.training.health", "WatcherSpec"),), "rlworkbench.watchers")
 strategies = Registry("strategy", ("rlworkbench.reasoning",), (("rlworkbench.reasoning.strategy", "Strategy"),), "rlworkbench.strategies")
 claims = Registry("claim", ("rlworkbench.claims",), (("rlworkbench.claims.claim", "Claim"),), "rlworkbench.claims")

@@ -12,7 +12,7 @@ from ..core.trace import Trace
 from ..show.aligned import aligned_strips
 from ..show.palette import plain, shorten
 from ..show.tokens import token_strip
-from .panels import COLUMNS, values_of
+from .panels import COLUMNS, column_named, values_of
 
 # %% ../../nbs/serving/28_beside.ipynb #c004
 MOST = 300    # tokens of a reply that are compared
@@ -44,13 +44,12 @@ def two_replies(
         values = [values_of(t, column) for t in (one, other)]
     except ValueError:
         column, values = "segment", [t.segment for t in (one, other)]
-    kind = COLUMNS[column].kind if column in COLUMNS else "diverging"
+    known = column_named(column)
     pieces, *places = merged([shorten(p, 40) for p in one.pieces[:MOST]], [shorten(p, 40) for p in other.pieces[:MOST]])
-    rows = {name: token_strip(pieces, [None if k is None else v[k] for k in at], kind) for name, v, at in zip(names, values, places)}
+    rows = {name: token_strip(pieces, [None if k is None else v[k] for k in at], known.kind, *known.ends) for name, v, at in zip(names, values, places)}
     same = sum(a is not None and b is not None for a, b in zip(*places))
-    label = COLUMNS[column].label if column in COLUMNS else shorten(column, 40)
     cut = f" Of each the first {MOST} tokens are compared." if max(len(one), len(other)) > MOST else ""
-    return _framed(aligned_strips(rows, f"Two replies: {label}").svg, f"{same} of {len(pieces)} tokens stand in both.{cut} {note}")
+    return _framed(aligned_strips(rows, f"Two replies: {known.label}").svg, f"{same} of {len(pieces)} tokens stand in both.{cut} {note}")
 
 
 def two_policies(
@@ -61,7 +60,8 @@ def two_policies(
     (a, one), (b, two) = seen.items()
     n, pieces = min(len(trace), MOST), [shorten(p, 40) for p in trace.pieces[:MOST]]
     change = [y - x for x, y in zip(one.logp[:n], two.logp[:n])]
-    rows = {shorten(k, 20): token_strip(pieces, [-v for v in r.logp[:n]], "sequential") for k, r in seen.items()} | {"log-prob, 2nd − 1st": token_strip(pieces, change)}
+    rows = {shorten(k, 20): token_strip(pieces, [-v for v in r.logp[:n]], "sequential", *COLUMNS["surprise"].ends) for k, r in seen.items()}
+    rows["log-prob, 2nd − 1st"] = token_strip(pieces, change, "diverging", *COLUMNS["moved"].ends)
     total = sum(change)
     return _framed(aligned_strips(rows, "One reply, two policies: surprise").svg, f"{b} gives this reply {'more' if total > 0 else 'less'} log-prob than {a}: {total:+.3g} nats over {n} tokens.")
 

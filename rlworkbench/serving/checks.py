@@ -96,11 +96,11 @@ def attempted(segment: str, make) -> list:
         return [Check(segment, "", None, "what the file says of this problem is not what its task says")]
 
 # %% ../../nbs/serving/22_checks.ipynb #c011
-SIGNS = {True: ("✓", "right", "positive"), False: ("✗", "wrong", "negative"), None: ("·", "not checked", "neutral")}
+SIGNS = {True: ("✓", "right", "right"), False: ("✗", "wrong", "wrong"), None: ("·", "not checked", "unknown")}
 CHECKS_CSS = """
 .rlw-checks{list-style:none;margin:6px 0;padding:0}.rlw-checks li{display:grid;grid-template-columns:1.2rem 4.4rem minmax(0,1fr);gap:2px 8px;padding:3px 0;border-top:1px solid var(--rlw-rule)}
 .rlw-checks li:first-child{border-top:0}.rlw-checks code{overflow-wrap:anywhere}.rlw-checks small{color:var(--rlw-soft);grid-column:3}
-.rlw-checks .positive{color:var(--rlw-positive)}.rlw-checks .negative{color:var(--rlw-negative)}.rlw-checks .neutral{color:var(--rlw-neutral)}
+.rlw-checks .unknown{color:var(--rlw-soft)}
 """
 
 

@@ -115,11 +115,13 @@ def keys_that_differ(arms: list) -> pd.DataFrame:
     return table[[len(set(row)) > 1 for row in table.values]]
 
 
-def slots_that_differ(arms: list) -> pd.DataFrame:
+def slots_that_differ(arms: list, places: Places) -> pd.DataFrame:
     "Slots of the recipes as these runs train them, a column for each arm. A slot that all share is left out."
     columns = {}
     for arm in arms:
         try:
+            if wrong := places.elsewhere(next(iter(arm.runs.values())), "task"):
+                raise ValueError(wrong)
             columns[arm.name] = show(with_law(replace(arm.config, reward=None)))["is"]      # a user's file is not run to be looked at
         except ValueError as e:
             columns[arm.name] = pd.Series({"recipe": f"not known here: {e}"})
@@ -160,7 +162,7 @@ def compared(
         return said + told("empty", "None of these runs has made a step yet.")
     many = any(len(a.runs) > 1 for a in arms)
     note = "Line: mean over seeds; band: 95 % interval of the mean (Student's t), of shares cut at 0 and 1." if many else "One seed each: a difference may be chance. Train other seeds, and each curve gets an interval."
-    keys, slots = keys_that_differ(arms), slots_that_differ(arms)
+    keys, slots = keys_that_differ(arms), slots_that_differ(arms, places)
     def part(title, table, first, same):
         return f"<h2>{title}</h2>" + (table_html(table, first) if len(table) else told("empty", same))
     one = "There is one arm only; a second run, with another recipe or setting, would stand beside it."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.files import read_json
 from ..core.pictures import pictures_of
 from ..show.curves import curves_svg
 from ..show.images import image_row
@@ -20,7 +21,7 @@ from ..show.palette import number, plain, shorten
 from ..show.tokens import token_strip
 from ..training.run import Run
 from .frame import PAGES, address, bar, told
-from .places import RECORDED, Places
+from .places import RECORDED, Places, Seen, shipped
 from .report import pushes
 from .workers import status
 
@@ -119,9 +120,16 @@ def thumbnail(path: str, run: Run) -> str:
         m = run.metrics
         both = {k: list(m[c]) for k, c in (("right", "correct"), ("all right", "groups/all_right"), ("all wrong", "groups/all_wrong")) if c in m}
         return curves_svg(both, list(m["step"]), width=330, height=150) if both else ""
+    if path == "lab" and (latent := shipped().parent / "recorded-latent" / "moments.json").is_file():
+        seen = read_json(latent)
+        return curves_svg({side: [m[f"right/{what}"] for m in seen["numbers"]] for side, what in (("prior", "prior mean"), ("posterior", "posterior"))}, seen["steps"], width=330, height=150,
+                          colours={"prior": "amount", "posterior": "positive"})
     if not run.steps():
         return ""
-    group = widest(run.tokens(run.steps()[-1 if path == "inspector" else 0]))
+    tokens = run.tokens(run.steps()[-1 if path == "inspector" else 0])
+    if not len(tokens):
+        return ""
+    group = widest(tokens)
     if path == "inspector":
         picture = next(iter(pictures_of(run.folder / "images", group["item"].iloc[0])), None)
         return (image_row([picture], None, 64).body if picture else "") + strips(group, 1, "entropy", bare=True)
@@ -183,7 +191,7 @@ def runs_table(places: Places) -> str:
 @lru_cache(32)
 def told_of(folder: Path, name: str, stamp: tuple) -> str:
     "A run and where to go from it; made once as long as its files are the same."
-    run = Run(folder)
+    run = Seen(folder)
     return on_screen(run, name) + cards(run, name)
 
 

@@ -26,26 +26,48 @@ const press = e => {
 document.addEventListener('keydown', press);
 """
 ADDRESS = """
-const write = () => history.replaceState(history.state, '', location.pathname + (props.value ? '?' + props.value : ''));
-watch('value', write);
+const name = p => p.dataset.tabId || p.id, fold = p => p.querySelector('.label-wrap');
+const tab = p => p.getAttribute('role') === 'tab', first = p => tab(p) && p === p.parentElement.querySelector('[role=tab]');
+const panels = () => [...document.querySelectorAll('.rlw-fold[id],[role=tab][data-tab-id]')].filter(p => /^[a-z-]+$/.test(name(p)) && !first(p));
+const is_open = p => tab(p) ? p.getAttribute('aria-selected') === 'true' : !!fold(p)?.classList.contains('open');
+const asked = (new URLSearchParams(location.search).get('open') || '').split(',').filter(n => /^[a-z-]+$/.test(n));
+let there = false;
+function write() {
+  const open = (there ? panels().filter(is_open).map(name) : asked).join(','), rest = (props.value || '').trim();
+  const query = rest + (open && rest ? '&' : '') + (open && 'open=' + open);
+  history.replaceState(history.state, '', location.pathname + (query && '?' + query));
+}
+function arrived() {
+  there = true;
+  for (const p of panels()) if (asked.includes(name(p)) && !is_open(p)) (tab(p) ? p : fold(p))?.click();
+}
+const folded = e => {
+  if (!element.isConnected) return document.removeEventListener('click', folded);
+  if (there && e.target.closest('.rlw-fold,[role=tab]')) setTimeout(write, 60);
+};
+document.addEventListener('click', folded);
+watch('value', () => { if (!there) arrived(); setTimeout(write, 0); });
 if (props.value) write();
 """
 HELP = """<details class="rlw rlw-soft rlw-help"><summary>Keys, and how to read this page</summary><ul>
 <li><kbd>←</kbd> <kbd>→</kbd> one step back or on; <kbd>space</kbd> the next phase (of the trainer where one is live). Not while you write in a box.</li>
 <li>Click a token, or reach it with <kbd>tab</kbd>; then <kbd>←</kbd> <kbd>→</kbd> <kbd>↑</kbd> <kbd>↓</kbd> walk from token to token, and the card follows.</li>
 <li>Blue with a line above is positive, orange with a line below negative; struck through is silenced, a dotted frame is clipped. Ranges are the same for all steps.</li>
-<li>Looking back at steps reads what was made. <i>Back</i> and <i>go to step</i> move the trainer itself, to a state it kept, or by replaying.</li>
-<li>The address says where you stand: copy it, or refresh. A live trainer goes with its page; a long run stays, and any number of people may watch it.</li></ul></details>"""
+<li>Looking back at steps reads what was made. <i>Back</i> and <i>go to it</i> move the trainer itself, to a state it kept, or by replaying, which is said first; <i>reset</i> takes it to its beginning, with the same seed.</li>
+<li>The address says where you stand and what is folded open: copy it, or refresh. A live trainer goes with its page; a long run stays, and any number of people may watch it.</li></ul></details>"""
 STYLE = BAR_CSS + BOARD_CSS + CARD_CSS + CLICKS_CSS + RIVALS_CSS + """
 .rlw-hidden{display:none!important}.rlw-controls{align-items:flex-end!important;gap:8px!important}.rlw-controls button:not([role]){height:38px;min-height:38px;padding:0 14px;font-size:13px;white-space:nowrap}
 #trainer{flex-wrap:wrap}#trainer>button,#start,#ask,#launch,#halt,#step-before,#step-after,#phase-next{flex:0 0 auto!important;width:auto!important;min-width:0!important}.rlw-controls .form{border:0!important;background:none!important;box-shadow:none!important}#count,#target,#steps{flex:0 1 90px;min-width:80px!important}#other{flex:1 1 150px}
-#reset{margin-left:auto}.rlw-rivals ul{padding-left:18px}
+#trainer{gap:6px!important}#trainer>button{padding:0 11px!important}#count,#target{flex-basis:64px;min-width:64px!important}#trainer .form>*{padding-left:4px!important;padding-right:4px!important}
+#making{min-height:0!important}#making:has(.wrap:not(.hide)){min-height:64px!important}#making .progress-level-inner{font-family:inherit!important;color:var(--rlw-soft)}#making .meta-text{display:none}
+#reset{margin-left:auto!important}.rlw-rivals ul{padding-left:18px}
 .gradio-container .html-container{padding:0!important}
 @media(max-width:760px){.gradio-container{min-width:0!important;width:100%!important}.rlw-token tr{display:grid;grid-template-columns:minmax(0,1fr) auto}.rlw-token td:nth-child(3){grid-column:1/-1}
-.rlw-token td:nth-child(2){padding-right:0!important}#main{flex-direction:column}#main>*{min-width:0!important;width:100%}.rlw-controls{flex-wrap:wrap}.rlw-controls>*{min-width:0!important}#run,#step{flex:1 1 100%}}
+.rlw-token td:nth-child(2){padding-right:0!important}#main{flex-direction:column}#main>*{min-width:0!important;width:100%}.rlw-controls{flex-wrap:wrap}.rlw-controls>*{min-width:0!important}#run,#step{flex:1 1 100%}
+#trainer>.form{flex:1 1 60%!important;min-width:0!important}#trainer>button:is(#phase-live,#step-live,#back,#pause){flex:1 1 40%!important}#reset{margin-left:0!important}.rlw-controls>.form:has(#step){order:-1;flex:1 1 100%}.rlw-controls>.form:has(#run){order:-2}}
 .rlw-about{margin:6px 0 0!important;max-width:none!important;color:var(--rlw-soft)!important}
 .rlw-did{margin-top:8px!important}.rlw-step-curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:8px 14px;margin-top:14px}.rlw-step-curves svg{width:100%;height:auto}
-.rlw-long progress{width:100%;height:8px;margin-top:6px;accent-color:var(--rlw-positive)}.rlw-long pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 0;font-size:12px}
+.rlw-long progress{width:100%;height:8px;margin-top:6px;accent-color:var(--rlw-accent)}.rlw-long pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 0;font-size:12px}
 .rlw-help{margin-top:18px}.rlw-help ul{padding-left:20px;line-height:1.7}.rlw-help kbd{border:1px solid var(--rlw-rule);border-radius:4px;padding:0 5px;font-size:12px;background:var(--rlw-panel)}
 .rlw ul.rlw-error{list-style:none;padding-left:14px}
 """

@@ -11,14 +11,16 @@ import threading
 import time
 from contextlib import contextmanager
 
+from fastcore.basics import patch
+
 # %% ../../nbs/serving/05_sessions.ipynb #c004
 class Held:
-    "An object of a visitor, with its lock and when it was last asked for."
+    "An object of a visitor, with its lock, when it was last asked for, and whether its place was given up."
 
     def __init__(self):
-        self.object, self.lock, self.used = None, threading.RLock(), time.monotonic()
+        self.object, self.lock, self.used, self.gone = None, threading.RLock(), time.monotonic(), False
 
-
+# %% ../../nbs/serving/05_sessions.ipynb #c005
 class Sessions:
     "Objects by key: at most `most` at once, released after `idle_seconds` in which nobody asked for them."
 
@@ -42,7 +44,7 @@ class Sessions:
             return held and held.object
 
     def open(self, key, make):
-        "What is held under a key, or what `make()` makes. Raises ValueError beyond the limit, and whatever `make` raises."
+        "What is held under a key, or what `make()` makes. Raises ValueError beyond the limit and where the key was closed meanwhile, and whatever `make` raises."
         with self.lock:
             self.sweep()
             held = self.held.get(key)
@@ -55,14 +57,31 @@ class Sessions:
         with held.lock:
             if held.object is None:
                 try:
-                    held.object = make()
+                    self.put(key, held, make())
                 except BaseException:
-                    self.close(key)
+                    with self.lock:
+                        if self.held.get(key) is held:
+                            self.held.pop(key)
                     raise
-            with self.lock:
-                self.held.setdefault(key, held)
-            held.used = time.monotonic()
             return held.object
+
+    def swap(self, key, make):
+        "Put what `make()` makes in place of what is held under a key; where that fails, or the key is closed meanwhile, nothing is put anywhere."
+        with self.lock:
+            held = self.held.get(key)
+        if held is None:
+            return self.open(key, make)
+        with held.lock:
+            self.put(key, held, make())
+            return held.object
+
+    def put(self, key, held: Held, made):
+        "Hold what was made, or let it go where its visitor has gone while it was being made."
+        with self.lock:
+            if held.gone:
+                raise ValueError(f"the page went while one of the {self.what} was being made for it, so that one was released")
+            self.held.setdefault(key, held)
+            held.object, held.used = made, time.monotonic()
 
     @contextmanager
     def hold(self, key):
@@ -80,34 +99,42 @@ class Sessions:
     def close(self, key):
         "Release what is held under a key; nothing happens where nothing is."
         with self.lock:
-            gone = self.held.pop(key, None)
-        if gone is not None:
-            del gone
+            held = self.held.pop(key, None)
+            if held is not None:
+                held.gone = True
+        if held is not None:
+            del held
             gc.collect()
 
-    def sweep(self) -> list:
-        "Release what nobody used for a while and nobody is using now; the keys."
-        old, now = [], time.monotonic()
-        with self.lock:
-            for key, held in list(self.held.items()):
-                if now - held.used > self.idle_seconds and held.lock.acquire(blocking=False):
-                    held.lock.release()
-                    old.append(key)
-            for key in old:
-                self.close(key)
-        return old
+# %% ../../nbs/serving/05_sessions.ipynb #c007
+@patch
+def sweep(self: Sessions) -> list:
+    "Release what nobody used for a while and nobody is using now; the keys."
+    old, now = [], time.monotonic()
+    with self.lock:
+        for key, held in list(self.held.items()):
+            if now - held.used > self.idle_seconds and held.lock.acquire(blocking=False):
+                held.lock.release()
+                old.append(key)
+        for key in old:
+            self.close(key)
+    return old
 
-    def arm(self):
-        "Sweep again after a while, as long as anything is held."
-        if self.timer is None:
-            self.timer = threading.Timer(max(.05, self.idle_seconds / 4), self.again)
-            self.timer.daemon = True
-            self.timer.start()
 
-    def again(self):
-        "What the timer does."
-        self.sweep()
-        with self.lock:
-            self.timer = None
-            if self.held:
-                self.arm()
+@patch
+def arm(self: Sessions):
+    "Sweep again after a while, as long as anything is held."
+    if self.timer is None:
+        self.timer = threading.Timer(max(.05, self.idle_seconds / 4), self.again)
+        self.timer.daemon = True
+        self.timer.start()
+
+
+@patch
+def again(self: Sessions):
+    "What the timer does."
+    self.sweep()
+    with self.lock:
+        self.timer = None
+        if self.held:
+            self.arm()

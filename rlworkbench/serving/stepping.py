@@ -101,7 +101,7 @@ class Desk:
         folder = self.places.folder(name)
         stamp = (folder / "config.json").stat().st_mtime_ns, (folder / "steps").exists()
         if self.open_runs.get(name, (None,))[0] != stamp:
-            self.open_runs[name] = stamp, Recorded(self.places.open(name), name)
+            self.open_runs[name] = stamp, Recorded(run := self.places.open(name), name, self.places.elsewhere(run, "task"))
         self.open_runs.move_to_end(name)
         while len(self.open_runs) > 8:
             self.open_runs.popitem(last=False)
@@ -113,12 +113,13 @@ class Desk:
 
     def begin(self, visitor, config: Config) -> Live:
         "A new trainer for a visitor, in place of the one there was. Raises ValueError for what can't be trained, and where all places are taken."
-        made = lambda: Live(visitors(config))
-        if self.trainers.get(visitor) is None:
-            return self.trainers.open(visitor, made)
-        new = made()                      # what can't be made leaves the one there is
+        return self.trainers.swap(visitor, lambda: Live(visitors(config)))     # what can't be made leaves the one there is
+
+    def leave(self, visitor):
+        "A visitor is gone: what runs ends after its present phase, and the trainer is released."
+        if trainer := self.trainers.get(visitor):
+            trainer.pause()
         self.trainers.close(visitor)
-        return self.trainers.open(visitor, lambda: new)
 
     def names(self, visitor, here: str="") -> list:
         "What a visitor may look at: (words, name); a run that is only being started is among them if one is there."
@@ -205,7 +206,7 @@ def shown(
         source = desk.source(spot.run, visitor)
         spot = fitted(spot, source, follow)
         head = f'<p class="rlw rlw-about">{plain(about(source, spot))}</p>'
-        told = block("note", source.says) + block("error", says)
+        told = block("note", source.doing or source.says) + block("error", says)
         if spot.step < 0:
             return Shown(spot, head + told, phase_bar(None, source.recipe, "", {}), block("empty", empty(source)), "", curves_card(source.rows()), (), spot.run == LIVE)
         table, row = source.reading(spot.step, spot.phase), source.row(spot.step)

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..core.pictures import picture_of
+from .bounds import pixels_of
 
 # %% ../../nbs/serving/04_uploads.ipynb #c004
 MAX_BYTES = 8 * 2**20
@@ -52,6 +53,7 @@ def uploaded(
         data = file if isinstance(file, bytes) else head_of(Path(file), most)
         if len(data) > most:
             raise ValueError(f"the picture has more than {most / 2**20:.3g} MB; a smaller one will do, it is brought to {side} pixels anyway")
+        pixels_of(data)
         picture = upright(picture_of(data, "the file"), data)
     picture = on_white(picture)
     picture.thumbnail((side, side))

@@ -33,7 +33,11 @@ class View:
     method: str = ""       # of attribution
     policy: str = ""       # key of the policy that is asked
     patch: int = -1        # the chosen patch of the picture
-    against: str = ""      # "reply 3", or the key of another policy
+    against: str = ""      # what it is laid beside: "reply 3" of the same step, or the key of another policy
+    run2: str = ""         # or a reply of another run,
+    step2: int = -1        # of its step,
+    trace2: str = ""       # or of another file that the server keeps;
+    reply2: int = -1       # -1: the first one to the same problem, or the first
 
     def but(self, **changes) -> "View":
         "The same view with some values changed."

@@ -27,7 +27,7 @@ from ..training.job import resume, train
 from ..training.run import Run
 
 # %% ../../nbs/serving/06_workers.ipynb #c004
-MOST = {"steps": 10_000, "prompts": 256, "group": 64, "evaluate": 1000, "epochs": 16}    # of a run that a visitor starts
+MOST = {"steps": 10_000, "prompts": 256, "group": 64, "max_tokens": 4096, "evaluate": 1000, "epochs": 16}    # of a run that a visitor starts
 LINES = 12                                                                              # of what a worker said last
 
 
@@ -46,7 +46,7 @@ def visitors(
 ) -> Config:
     "The config, if a visitor may run it: registered names and modest sizes. Raises ValueError for files and code of theirs."
     for kind, registry, name in (("recipe", recipes, config.recipe), ("task", tasks, config.task), ("policy", policies, config.policy)):
-        if name not in registry.all():
+        if name not in registry.all() or name.endswith(":"):
             raise ValueError(unknown(kind, name, registry.all()))
     if config.reward not in (None, "coin"):
         raise ValueError("a reward from a file can only be used on the command line: rlworkbench train --reward")

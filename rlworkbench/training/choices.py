@@ -65,7 +65,9 @@ def placed(policy: Policy, device: str, dtype: str) -> Policy:
 
 
 def of_a_run(run: Path, checkpoint: Path, device: str = "cpu", dtype: str = "float32") -> Policy:
-    "The policy of a checkpoint; adapters are laid over what the run began with."
+    "The policy of a checkpoint; adapters are laid over what the run began with, unless its files say who reads them."
+    if (checkpoint / "policy.json").is_file():
+        return of_a_folder(checkpoint, device, dtype)
     if (checkpoint / "adapter_config.json").is_file():
         return load_adapter(load_policy(read_config(run / "config.json").policy, device, dtype), checkpoint)
     if (checkpoint / "config.json").is_file():

@@ -14,6 +14,7 @@ RECORDED_BY = {   # what makes a run hold a column that it does not hold by itse
     "kl": "a recipe with a penalty against the reference", "ref": "a recipe that needs the reference", "penalty": "a recipe with a penalty",
     "collision": "a run made by this version", "hidden": "a live trainer; states are not written down", "latent": "a policy that thinks in latent slots", "looking/": "rlworkbench train --watch looking",
     "states/drift": "rlworkbench train --watch film (or geometry)", "states/": "rlworkbench train --watch geometry",
+    "latent/": "rlworkbench train --watch latents, for a policy that thinks in latent slots",
 }
 
 
