@@ -65,10 +65,13 @@ def score(
 
 # %% ../../nbs/rollouts/02_scorer.ipynb #c007
 def check_scores(policy: Policy, step: Step):
-    "Raises ValueError where log-probs of replies are not finite: finite weights can make states that are not."
+    "Raises ValueError where log-probs of replies are not finite (finite weights can make states that are not), and for replies that the policy can't read."
     if step.law is None or step.ids is None:
         return
-    with torch.no_grad():
-        told = score(policy, step, step.law)["logp"]
+    try:
+        with torch.no_grad():
+            told = score(policy, step, step.law)["logp"]
+    except IndexError as e:
+        raise ValueError(f"{policy.name or 'this policy'} can't read these replies, which another policy wrote: {(str(e).splitlines() or [''])[0][:120]}") from e
     if not torch.isfinite(told).all():
         raise ValueError(f"{policy.name or 'this policy'} gives log-probs that are not finite; there is nothing to measure")
