@@ -21,6 +21,7 @@ QUICK = dict(queue=False, show_progress="hidden", trigger_mode="always_last")
 MODEL = dict(concurrency_id="model", concurrency_limit=1, show_progress="hidden", trigger_mode="always_last")
 PLAIN = dict(padding=False)
 STYLE = page_css() + CANVAS_CSS
+WAITING = told("empty", "Asking the policy …")
 SOURCES, PARTS = ["a recorded run", "a file", "a drawing"], ["token", "segment", "reply"]
 
 
@@ -125,9 +126,10 @@ def build(places: Places, alone: bool=False) -> gr.Blocks:
             with gr.Column(scale=8, min_width=320):
                 says = gr.HTML(first.says, **PLAIN, elem_id="says")
                 with gr.Row(elem_classes="rlw-stack"):
-                    with gr.Column(scale=1, min_width=175):
+                    with gr.Column(scale=2, min_width=230):
                         picture = gr.HTML(first.picture, **PLAIN, elem_id="picture")
-                    with gr.Column(scale=4, min_width=300):
+                        shades = gr.HTML("", js_on_load=CLICKS, **PLAIN, elem_id="map")
+                    with gr.Column(scale=5, min_width=300):
                         strip = gr.HTML(first.reply, js_on_load=CLICKS, **PLAIN, elem_id="reply")
                 checks = gr.HTML(first.checks, **PLAIN, elem_id="checks")
         wrong = gr.HTML("", **PLAIN, elem_id="wrong")
@@ -137,21 +139,17 @@ def build(places: Places, alone: bool=False) -> gr.Blocks:
                 card = gr.HTML(first.token, **PLAIN, elem_id="card")
             with gr.Column(scale=4, min_width=280):
                 gr.HTML('<h2 class="rlw">What else it might have been</h2>', **PLAIN)
-                top = gr.HTML("", **PLAIN, elem_id="top")
+                top = gr.HTML(WAITING, **PLAIN, elem_id="top")
                 with gr.Row(elem_classes="rlw-stick"):
                     instead = gr.Dropdown([], label="go on with", scale=3, min_width=120, elem_id="instead")
                     fork, cut = gr.Button("Branch", size="sm", scale=1, min_width=70, elem_id="branch", interactive=False), gr.Button("Clear", size="sm", scale=1, min_width=60, elem_id="prune")
             with gr.Column(scale=4, min_width=280):
                 gr.HTML('<h2 class="rlw">And with another picture</h2>', **PLAIN)
-                ways = gr.HTML("", **PLAIN, elem_id="ways")
+                ways = gr.HTML(WAITING, **PLAIN, elem_id="ways")
         gr.HTML('<h2 class="rlw">Where it came from</h2>', **PLAIN)
-        with gr.Row(elem_classes="rlw-stack"):
-            with gr.Column(scale=3, min_width=250):
-                shades = gr.HTML("", js_on_load=CLICKS, **PLAIN, elem_id="map")
-            with gr.Column(scale=8, min_width=320):
-                with gr.Row():
-                    part, method = gr.Radio(PARTS, value=PARTS[0], label="explain the", elem_id="part"), gr.Dropdown(list(WAYS_TO_ASK), value=WAYS_TO_ASK[0], label="method", elem_id="method")
-                because = gr.HTML("", **PLAIN, elem_id="why")
+        with gr.Row():
+            part, method = gr.Radio(PARTS, value=PARTS[0], label="explain the", elem_id="part"), gr.Dropdown(list(WAYS_TO_ASK), value=WAYS_TO_ASK[0], label="method", elem_id="method")
+        because = gr.HTML(WAITING, **PLAIN, elem_id="why")
         over = gr.HTML("", **PLAIN, elem_id="over")
         with gr.Accordion("What the layers would say", open=False, elem_id="lenses", elem_classes="rlw-fold") as inside:
             depths, of_patch = gr.HTML("", **PLAIN, elem_id="depths"), gr.HTML("", **PLAIN, elem_id="patch")

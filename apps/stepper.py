@@ -22,7 +22,7 @@ DIAL = ("recipe", "task", "policy", "seed", "lr", "prompts", "group", "batches",
 def config_of(values, steps: int=1000) -> Config:
     "The dial's settings as a config. Raises ValueError."
     given = {k: v if k in ("recipe", "task", "policy", "lr") else int(v or 0) for k, v in zip(DIAL, values) if v not in (None, "", 0) or k == "seed"}
-    return Config(**given, steps=steps, evaluate=0, threads="1", record="full")
+    return Config(**given, steps=steps, evaluate=0, threads="1", record="full", checkpoint=max(10, steps // 20), keep=0)
 
 
 def build(places: Places, limit: int=4, alone: bool=False) -> gr.Blocks:
@@ -124,7 +124,7 @@ def build(places: Places, limit: int=4, alone: bool=False) -> gr.Blocks:
         gr.HTML(f"<style>{STYLE}</style>", js_on_load=KEYS, elem_classes="rlw-hidden", **PLAIN)
         spot, query = gr.State(first.spot), gr.HTML("", js_on_load=ADDRESS, elem_id="address", elem_classes="rlw-hidden", **PLAIN)
         links, said = gr.HTML(top(), **PLAIN), [gr.Number(-1, visible=False, precision=0, label=what) for what in ("group", "reply", "token")]
-        gr.HTML('<div class="rlw rlw-page"><h1>Training stepper</h1><p class="rlw-soft">One training step, phase by phase: the replies, what they were worth, and what the update did to each token.</p></div>', **PLAIN)
+        gr.HTML('<div class="rlw rlw-page rlw-title"><h1>Training stepper</h1><p class="rlw-soft">One training step, phase by phase: the replies, what they were worth, and what the update did to each token.</p></div>', **PLAIN)
         with gr.Row(elem_classes="rlw-controls"):
             run = gr.Dropdown(desk.names(None), value=first.spot.run, label="look at", scale=3, min_width=200, elem_id="run")
             step_before = gr.Button("◀ step", elem_id="step-before", scale=1, min_width=80)
@@ -132,15 +132,15 @@ def build(places: Places, limit: int=4, alone: bool=False) -> gr.Blocks:
             step_after = gr.Button("step ▶", elem_id="step-after", scale=1, min_width=80)
             phase_seen = gr.Button("next phase ▸", elem_id="phase-next", scale=1, min_width=140)
         with gr.Row(elem_classes="rlw-controls"):
-            recipe = gr.Dropdown([*recipes.all()], value="grpo", label="recipe", scale=3, min_width=160, elem_id="recipe")
+            recipe = gr.Dropdown([*recipes.all()], value="grpo", label="recipe", scale=2, min_width=160, elem_id="recipe")
             start = gr.Button("Train live", variant="primary", scale=1, min_width=110, elem_id="start")
-        with gr.Accordion("Settings of the trainer: task, policy, sizes, seed", open=False, elem_id="settings", elem_classes="rlw-fold"):
-            with gr.Row(elem_classes="rlw-controls"):
-                task = gr.Dropdown([t for t in tasks.all() if not t.endswith(":")], value="digits-sum", label="task")
-                policy = gr.Dropdown([p for p in policies.all() if not p.endswith(":")], value="tiny", label="policy")
-                seed, lr = gr.Number(0, label="seed", precision=0, minimum=0), gr.Number(1e-4, label="learning rate")
-                prompts, group = gr.Number(4, label="P problems", precision=0, minimum=1), gr.Number(6, label="G replies", precision=0, minimum=1)
-                batches, epochs = gr.Number(0, label="minibatches (0: the recipe's)", precision=0, minimum=0), gr.Number(0, label="passes (0: the recipe's)", precision=0, minimum=0)
+            with gr.Column(scale=2, min_width=300), gr.Accordion("Settings of the trainer: task, policy, sizes, seed", open=False, elem_id="settings", elem_classes="rlw-fold"):
+                with gr.Row(elem_classes="rlw-controls"):
+                    task = gr.Dropdown([t for t in tasks.all() if not t.endswith(":")], value="digits-sum", label="task")
+                    policy = gr.Dropdown([p for p in policies.all() if not p.endswith(":")], value="tiny", label="policy")
+                    seed, lr = gr.Number(0, label="seed", precision=0, minimum=0), gr.Number(1e-4, label="learning rate")
+                    prompts, group = gr.Number(4, label="P problems", precision=0, minimum=1), gr.Number(6, label="G replies", precision=0, minimum=1)
+                    batches, epochs = gr.Number(0, label="minibatches (0: the recipe's)", precision=0, minimum=0), gr.Number(0, label="passes (0: the recipe's)", precision=0, minimum=0)
         with gr.Row(visible=False, elem_id="trainer", elem_classes="rlw-controls") as controls:
             phase_live = gr.Button("next phase ▸", variant="primary", elem_id="phase-live", min_width=120)
             step_live, back_live, pause_live = (gr.Button(t, elem_id=i, min_width=90) for t, i in (("next step", "step-live"), ("◂ back", "back"), ("pause", "pause")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gradio_client import Client
 
-from rlworkbench.serving.frame import PAGES, served
+from rlworkbench.serving.frame import PAGES, free, served
 from rlworkbench.serving.places import Places
 from tests.benchmarks.studio import crowd
 from tests.studio import models_in, server  # noqa: F401
@@ -24,6 +24,18 @@ def test_the_first_page_is_there_before_anything_is_asked(server):  # noqa: F811
     import urllib.request
     text = urllib.request.urlopen(server.url, timeout=20).read().decode()
     assert "The recorded run" in text and "Held-out greedy accuracy" in text
+
+
+def test_what_is_remembered_of_visitors_is_bounded(server):  # noqa: F811
+    import gradio as gr
+    assert server.demo.app.state_holder.capacity == 200
+    with gr.Blocks() as page:
+        gr.Button().click(lambda: None, None, gr.State(0), api_name="touch")
+    url = served(page, free(), wait=False, sessions=3)
+    for _ in range(7):
+        Client(url, verbose=False).predict(api_name="/touch")
+    assert len(page.app.state_holder.session_data) == 3
+    page.close(verbose=False)
 
 
 def test_two_clients_see_what_each_asked_for(two):

@@ -48,7 +48,7 @@ class Model:
 
 
 @lru_cache(maxsize=3)
-def _loaded(key: str, folder: str, checkpoint: str) -> Model:
+def _loaded(key: str, folder: str, checkpoint: str, written: int = 0) -> Model:
     policy = of_a_run(Path(folder), Path(checkpoint)) if folder else load_policy(key)
     check_finite(policy)
     return Model(policy, key)
@@ -68,7 +68,7 @@ def model_of(places: Places, key: str) -> Model:
     if found is None:
         raise ValueError(f"{shown(name)} has no checkpoint {shown(number)} any more")
     try:
-        return _loaded(key, str(run.folder), str(found.resolve()))
+        return _loaded(key, str(run.folder), str(found.resolve()), found.stat().st_mtime_ns)
     except (OSError, RuntimeError, KeyError) as e:
         raise ValueError(f"checkpoint {number} of {shown(name)} can't be loaded: {str(e).splitlines()[0][:120] if str(e) else type(e).__name__}") from None
 

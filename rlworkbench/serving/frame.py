@@ -141,6 +141,7 @@ def served(
     port: int=None,
     auth=None,        # (user, password)
     wait: bool=True,  # until interrupted
+    sessions: int=200, # pages that are remembered; what gradio keeps of an older one is let go
 ) -> str:             # the address
     "Serve pages on this machine."
     gr = with_gradio()
@@ -148,7 +149,7 @@ def served(
     port = free(port)
     demo.queue(default_concurrency_limit=8)
     demo.launch(server_name=HOST, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, auth=auth, theme=theme(), css=stylesheet(),
-                footer_links=[], max_file_size="8mb", show_error=True, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False)
+                footer_links=[], max_file_size="8mb", show_error=True, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, state_session_capacity=sessions)
     gc.collect()
     gc.freeze()      # what is there now stays: later collections need not look at it, and take milliseconds
     if wait:

@@ -210,7 +210,7 @@ def map_html(found: Why, patch: int=-1, side: int=240) -> str:
                 cells += (f'<span role="option" aria-selected="{str(chosen).lower()}" tabindex="{0 if at == max(patch, 0) else -1}" data-strip="0" data-token="{at}" '
                           f'title="patch {at}: {number(v, True)} nats"></span>')
                 at += 1
-        out.append(f'<div class="rlw-map" style="width:{shaded.width}px;height:{shaded.height}px"><img alt="the picture, shaded by what each patch did" src="{image_uri(shaded)}">'
+        out.append(f'<div class="rlw-map" style="width:{shaded.width}px;aspect-ratio:{shaded.width}/{shaded.height}"><img alt="the picture, shaded by what each patch did" src="{image_uri(shaded)}">'
                    f'<div class="rlw-patches" role="listbox" aria-label="patches of the picture" style="grid-template-columns:repeat({wide},1fr)">{cells}</div></div>')
     return "".join(out) or told("empty", "This problem has no picture.")
 

@@ -21,6 +21,7 @@ from ..training.run import Run
 from ..training.whatif import WhatIf
 from .board import COLUMNS, WEIGHTS
 from .live import Live
+from .recorded import many
 from .replay import behind, in_this_run, replayed
 
 # %% ../../nbs/serving/16_rivals.ipynb #c004
@@ -50,7 +51,7 @@ def ask_run(
     "Ask about a recorded step: the trainer is made again as it was before it. Raises ValueError for what can't be."
     compare = replayed(run, step, names, watch=watch)
     made = behind(run, step - 1)
-    how = f"replaying the {made} steps before it" if made else "from where it began" if step == 1 else "from its checkpoint"
+    how = f"replaying the {many(made)} before it" if made else "from where it began" if step == 1 else "from its checkpoint"
     compare.notes.insert(0, f"The run was taken up again before step {step}, {how}.")
     return compare
 
