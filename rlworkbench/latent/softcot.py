@@ -81,6 +81,9 @@ class SoftPolicy(LatentPolicy):
         "The assistant's states at the placeholders of a chain (N,K,A)."
         return self.assistant.feed(twin(cache.helper), self.parts.starts[chain].expand(len(cache.position), -1, -1))
 
+    def posterior(self, cache, *answer):
+        raise ValueError(f"{self.name} is fed the states of an assistant: it has no posterior that its thoughts could be compared with")
+
     def save_into(self, folder):
         self.base.save_into(folder)
         (Path(folder) / "assistant").mkdir()
