@@ -36,7 +36,7 @@ def test_a_long_and_hostile_trace_is_drawn_in_bounded_time_and_stays_text(desk, 
     panels = shown(desk, view)
     assert time.perf_counter() - began < 5
     page = "".join([panels.says, panels.reply, panels.checks, panels.token])
-    assert len(page) < 500_000 and "of 10,000 are drawn" in page and "word 9999 of 10,000" in page
+    assert len(page) < 500_000 and "of 10,000 are drawn" in page and "word 10,000 of 10,000" in page
     assert not [bad for bad in ("<script", "<img", "\u202e", "\0") if bad in page]
     began = time.perf_counter()
     links = files(desk, view)
@@ -163,18 +163,18 @@ def test_draw_ask_click_branch_take_along_and_come_back(page, server, tmp_path):
     expect(page.locator("#checks")).to_contain_text("the answer is 9")
 
     page.locator("#reply [data-strip='0'][data-token='2']").click()
-    expect(page.locator("#card")).to_contain_text("token 2 of")
+    expect(page.locator("#card")).to_contain_text("token 3 of")
     expect(page.locator("#why")).to_contain_text("by input-x-gradient", timeout=10_000)
     before = page.locator("#map img").get_attribute("src")
     page.locator("#reply [data-strip='0'][data-token='2']").press("ArrowRight")
-    expect(page.locator("#card")).to_contain_text("token 3 of")
+    expect(page.locator("#card")).to_contain_text("token 4 of")
     expect(page.locator("#map img")).not_to_have_attribute("src", before, timeout=10_000)
     assert page.locator("#map [data-token]").count() == 36
     page.locator("#map [data-token='14']").click()
     page.wait_for_function("location.search.includes('patch=14')")
 
     page.locator("#branch").click()
-    expect(page.locator("#reply")).to_contain_text("Branch 1 leaves at token 3", timeout=15_000)
+    expect(page.locator("#reply")).to_contain_text("Branch 1 leaves at token 4", timeout=15_000)
     page.wait_for_function("location.search.includes('branches=3.')")
     page.get_by_text("Take it along").click()
     page.locator("#make").click()
@@ -190,7 +190,7 @@ def test_draw_ask_click_branch_take_along_and_come_back(page, server, tmp_path):
 
     asked_of, reply = page.url, page.locator("#reply .rlw-text").all_inner_texts()
     page.goto(asked_of)
-    expect(page.locator("#reply")).to_contain_text("Branch 1 leaves at token 3", timeout=15_000)
+    expect(page.locator("#reply")).to_contain_text("Branch 1 leaves at token 4", timeout=15_000)
     assert page.locator("#reply .rlw-text").all_inner_texts() == reply and page.url == asked_of
     assert page.said == []
 
@@ -222,4 +222,4 @@ def test_on_a_phone_nothing_is_wider_than_the_page(page, server):
     page.goto(f"{server.url}/inspector?run=recorded&step=2&reply=4&token=5")
     page.locator("#map [data-token]").first.wait_for(timeout=20_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert "token 5 of" in page.locator("#card").inner_text() and "step 2, reply 4" in page.locator("#says").inner_text()
+    assert "token 6 of" in page.locator("#card").inner_text() and "step 2, reply 4" in page.locator("#says").inner_text()

@@ -198,7 +198,7 @@ def test_a_program_chooses_a_token(server, client):
     assert f"token {row['position'] + 1} of" in found and f"step=4&phase=update&group=2&reply={row['reply']}&token={row['position']}" in found
     client.predict(api_name="/inspector_arrive")
     client.predict(6, api_name="/reply")
-    assert "token 4 of" in words(client.predict(0, 4, api_name="/inspector_token")) and "token=4" in words(client.predict(0, 4, api_name="/inspector_token"))
+    assert "token 5 of" in words(client.predict(0, 4, api_name="/inspector_token")) and "token=4" in words(client.predict(0, 4, api_name="/inspector_token"))
     assert "patch=14" in words(client.predict(14, api_name="/patch"))
 
 

@@ -126,7 +126,7 @@ def reply_html(
         known = name if name in ("segment", "entropy", "surprise") and (name == "segment" or "old" in b.columns) else "segment"
         own, _, rest = strip_of(b, known, title="")
         verdict = "" if b.correct is None else " ✓ right" if b.correct >= .5 else " ✗ wrong"
-        out.append(f'<p class="rlw-leaf"><b>Branch {k}</b> leaves at token {b.at}: <span dir="auto">{plain(shorten(b.why, 200))}</span>{verdict}</p>'
+        out.append(f'<p class="rlw-leaf"><b>Branch {k}</b> leaves at token {b.at + 1}: <span dir="auto">{plain(shorten(b.why, 200))}</span>{verdict}</p>'
                    + clickable(own.body, k, token - b.at if branch == k and token >= b.at else None, f"tokens of branch {k}") + f'<p class="rlw-small">{plain(rest)}</p>' * bool(rest))
     return f'<div class="rlw">{"".join(out)}</div>'
 
@@ -158,7 +158,7 @@ def token_html(trace: Trace, i: int, seen: Reading=None) -> str:
     maths = f'<p class="rlw-maths"><b>In the update</b> {push_of(c)[1]}</p>' if {"coef", "weight", "advantage", "ratio"} <= c.keys() else ""
     written = "" if trace.origin[i] == "policy" else f", written by: {plain(trace.origin[i])}"
     cells = "".join(f"<tr><th>{plain(a)}</th><td>{plain(b)}</td></tr>" for a, b in rows)
-    return (f'<div class="rlw"><p class="rlw-one"><code dir="auto">{plain(shorten(visible(trace.pieces[i]), 60))}</code> <span>{"token" if trace.ids else "word"} {i} of {len(trace):,}, '
+    return (f'<div class="rlw"><p class="rlw-one"><code dir="auto">{plain(shorten(visible(trace.pieces[i]), 60))}</code> <span>{"token" if trace.ids else "word"} {i + 1:,} of {len(trace):,}, '
             f'{plain(trace.segment[i])}{written}</span></p><table class="rlw-plain rlw-numbers">{cells}</table>{maths}</div>')
 
 # %% ../../nbs/serving/26_panels.ipynb #c010

@@ -61,7 +61,7 @@ class Visitor:
     def inspector_token(self) -> tuple:
         rows = recorded(self.page)
         row = (part := rows[rows["reply"] == self.reply]).iloc[self.k % len(part)]
-        return str(self.client.predict(0, int(row["position"]), api_name="/inspector_token")), [f"step={self.page}&reply={self.reply}&token={row['position']}", f"token {row['position']} of", number(row["entropy"] + 0.0)]
+        return str(self.client.predict(0, int(row["position"]), api_name="/inspector_token")), [f"step={self.page}&reply={self.reply}&token={row['position']}", f"token {row['position'] + 1} of", number(row["entropy"] + 0.0)]
 
     def round(self):
         "One of each, in turn, and on."
