@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlencode
 
 from ..core.files import atomic_folder, write_text
 from ..core.formats import from_record, to_record
@@ -25,6 +24,7 @@ from ..policies.experts import EXPERTS
 from ..policies.micro import MICROS
 from ..policies.tiny import load_tiny
 from ..reasoning.budget import measure, summary
+from .frame import Address
 
 # %% ../../nbs/serving/40_answers.ipynb #c005
 TOGETHER, DEAREST = 6, 1024     # strategies beside each other, tokens that a question may cost on the page
@@ -32,7 +32,7 @@ COLOURS = ("entropy", "surprise", "segment")
 
 
 @dataclass(frozen=True)
-class Asking:
+class Asking(Address):
     "Which problem, in which ways, at which price. Everything that a link has to say."
     task: str = "digits-sum"
     problem: int = 39          # of the task's test split
@@ -41,15 +41,6 @@ class Asking:
     budget: int = 136          # tokens for each strategy
     policy: str = ""           # key of the policy; empty: the usual one for the task
     colour: str = "entropy"    # what colours the tokens
-
-    def but(self, **changes) -> "Asking":
-        "The same with some values changed."
-        return replace(self, **changes)
-
-    @property
-    def query(self) -> str:
-        "The view as the query of an address: what differs from the defaults."
-        return urlencode({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
     @property
     def names(self) -> list:

@@ -8,7 +8,6 @@ __all__ = ['LIMITS', 'SCRIPT', 'TITLE', 'LabView', 'lab_view', 'Lab', 'Screen', 
 
 # %% ../../nbs/serving/39_lab.ipynb #c002
 from dataclasses import dataclass, fields, replace
-from urllib.parse import urlencode
 
 from ..core.registry import tasks
 from ..show.curves import curves_svg
@@ -17,7 +16,7 @@ from ..show.images import enlarge, image_uri
 from ..show.palette import number, plain, shorten
 from .clicks import CLICKS
 from .filmed import LATENT, filmed, of_run, policy_of, thinks
-from .frame import told
+from .frame import Address, told
 from .inspection import sentence
 from .moments import Moments
 from .places import RECORDED, Places
@@ -27,7 +26,7 @@ from .thinker import REACH, SOURCES, Answer, Thinker, Thought, answer, walk
 
 # %% ../../nbs/serving/39_lab.ipynb #c005
 @dataclass(frozen=True)
-class LabView:
+class LabView(Address):
     "Which run, which moment of it, and which thought about which problem."
     run: str = LATENT
     step: int = -1         # training steps; -1: the last moment
@@ -38,15 +37,6 @@ class LabView:
     slot: int = 0
     axis: int = 0
     at: float = 0.0
-
-    def but(self, **changes) -> "LabView":
-        "The same view with some values changed."
-        return replace(self, **changes)
-
-    @property
-    def query(self) -> str:
-        "The view as the query of an address: what differs from the defaults."
-        return urlencode({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
     @property
     def thought(self) -> Thought:

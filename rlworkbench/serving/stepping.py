@@ -8,8 +8,7 @@ __all__ = ['LIVE', 'Spot', 'spot_of', 'Shown', 'block', 'Desk', 'nearest', 'stri
 
 # %% ../../nbs/serving/17_stepping.ipynb #c002
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields, replace
-from urllib.parse import urlencode
+from dataclasses import dataclass, fields
 
 import pandas as pd
 
@@ -17,6 +16,7 @@ from ..core.config import Config
 from ..show.palette import number, plain
 from .board import COLUMNS, board, curves_card
 from .card import card
+from .frame import Address
 from .live import Live
 from .phases import phase_bar, phases_of
 from .places import Places
@@ -29,7 +29,7 @@ LIVE = "live"       # the run that is this visitor's own trainer
 
 
 @dataclass(frozen=True)
-class Spot:
+class Spot(Address):
     "Where a visitor stands. A number of -1 and an empty text mean: not chosen."
     run: str = ""
     step: int = -1
@@ -38,15 +38,6 @@ class Spot:
     reply: int = -1
     token: int = -1
     column: str = "share"   # colours the tokens
-
-    def but(self, **changes) -> "Spot":
-        "Another place, not far."
-        return replace(self, **changes)
-
-    @property
-    def query(self) -> str:
-        "The place as the query of an address."
-        return urlencode({k: v for k, v in asdict(self).items() if v != getattr(Spot, k)})
 
 
 def spot_of(

@@ -8,15 +8,16 @@ __all__ = ['LONGEST', 'MOST_BRANCHES', 'DRAWN', 'View', 'plain_value', 'view_of'
 
 # %% ../../nbs/serving/20_view.ipynb #c002
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from urllib.parse import urlencode
+from dataclasses import asdict, dataclass, fields
+
+from .frame import Address
 
 # %% ../../nbs/serving/20_view.ipynb #c004
 LONGEST = {"picture": 6000}     # characters of a value; of all others 300
 
 
 @dataclass(frozen=True)
-class View:
+class View(Address):
     "What is looked at. A number of -1 and an empty text mean: not chosen."
     run: str = ""          # name of a recorded run
     step: int = -1         # of the run; -1: the first recorded one
@@ -38,15 +39,6 @@ class View:
     step2: int = -1        # of its step,
     trace2: str = ""       # or of another file that the server keeps;
     reply2: int = -1       # -1: the first one to the same problem, or the first
-
-    def but(self, **changes) -> "View":
-        "The same view with some values changed."
-        return replace(self, **changes)
-
-    @property
-    def query(self) -> str:
-        "The view as the query of an address: what differs from the defaults."
-        return urlencode({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
 
 def plain_value(name: str, kind: type, value):
