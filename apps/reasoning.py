@@ -10,7 +10,7 @@ from rlworkbench.serving.keys import ADDRESS
 from rlworkbench.serving.panels import page_css
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.thinking import Thinking, live, policies_there, untimed
-from rlworkbench.serving.tries import screen
+from rlworkbench.serving.tries import cards_html, screen
 
 QUICK = dict(queue=False, show_progress="hidden", trigger_mode="always_last")
 MODEL = dict(concurrency_id="model", concurrency_limit=1, show_progress="hidden")
@@ -43,8 +43,8 @@ def build(places: Places, alone: bool=False) -> gr.Blocks:
 
     def asked(held: dict, again: bool=True):
         view = read_asking(held)
-        for thinking, wrong in live(desk, view, again):
-            yield views(view, thinking, wrong)
+        for thinking, wrong, so_far in live(desk, view, again):
+            yield [cards_html(desk, view, thinking, so_far) if box is sides else gr.skip() for box in outputs] if so_far else views(view, thinking, wrong)
 
     def arrived_asked(held: dict):
         view = read_asking(held)

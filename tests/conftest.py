@@ -25,6 +25,7 @@ SPELL = Bandit("spell", prompts=3, length=6, letters=4, near=2)   # 'd' ends a r
 LAW = Sampling(max_tokens=SPELL.length)
 Bandit.route = lambda self, item, text: tuple(enumerate(text))    # for methods that compare routes: each word goes its own way
 PLAIN = Recipe("plain", rollout=Group(LAW))
+Bandit.boxes = lambda self, item, text: tuple([(ord(v), t, ord(v) + 2, t + 2) for t, v in enumerate(word)] for word in (text, item.answer))   # and for methods that match boxes: a letter in its place is one
 LATENT = {name for name, r in recipes.all().items() if any(hasattr(s, "around") for s in r.slots().values())}   # they need a latent policy; tests/test_latent asks them
 RECIPES = [r for r in recipes.all().values() if isinstance(r, Recipe) and r.name not in LATENT]
 VARIANTS = [PLAIN, *(PLAIN.but(name=f"plain_{k}", penalty=kl_penalty(.1, k)) for k in ("k1", "k2", "k3"))]

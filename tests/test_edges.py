@@ -70,7 +70,7 @@ def test_dead_groups(recipe, replies):
     step, _, moved = dictated(recipe, *replies)
     assert torch.cat([step.correct, step.dropped.correct]).unique().numel() == 1
     assert torch.isfinite(step.advantage).all()
-    if "group" in recipe.needs and len(recipe.rewards) == 1 and not {"ref"} & recipe.needs:
+    if "group" in recipe.needs and recipe.rewards == PLAIN.rewards and not {"ref", "demos"} & recipe.needs:
         assert (step.advantage == 0).all()
         assert moved == 0
 
@@ -82,8 +82,8 @@ def test_dead_groups_beside_a_living_one(recipe):
     class Mixed(First):
         def score(self, item, text):
             return {"correct": {"0": 1., "1": 0.}.get(item.prompt, super().score(item, text)["correct"])}
-    if len(recipe.rewards) > 1 or "ref" in recipe.needs:
-        recipe = recipe.but(rewards=recipe.rewards[:1], shape=PLAIN.shape, penalty=PLAIN.penalty)
+    if recipe.rewards != PLAIN.rewards or {"ref", "demos"} & recipe.needs:
+        recipe = recipe.but(rewards=PLAIN.rewards, shape=PLAIN.shape, penalty=PLAIN.penalty, extra=())
     policy = ending()
     before = policy.table.detach().clone()
     rollout = Script(LAW, ("abd", "bad", "acd", "cd"))
@@ -467,7 +467,9 @@ def test_a_forward_that_goes_wrong_is_named(forward, says):
                                   "whitened_returns(1.1)", "mixed_groups(-1)", "soft_overlong(0)", "soft_overlong(1.5)", "truncated_weight(-1.)", "top_entropy(0)", "top_entropy(1.2)",
                                   "silence(1.5)", "silence(.002, -.1)", "silence(by='luck')", "clip_covariance(2.)", "kl_covariance(-.1)", "kl_covariance(.1, -1.)", "dads(-1.)", "stcr(.9)",
                                   "trusted(-.1)", "trusted(threshold=2)", "trusted(horizon=0)", "shortest_right(beyond=-1)", "middling(0)", "neuraladder(samples=0)", "neuraladder(problems=0)",
-                                  "solvable(samples=0)", "solvable(least=-1)", "route_distance(1.5)", "diverse_if_right(-1.)"])
+                                  "solvable(samples=0)", "solvable(least=-1)", "route_distance(1.5)", "diverse_if_right(-1.)", "hybrids(high=0)", "hybrids(tries=0)", "by_prefix(1.5)",
+                                  "clipped_if_own(dual=1)", "learned_share(mu=2)", "learned_share(eta=-1)", "criteria(switch=-1)", "by_segment(cold=-1)", "aspects(2)", "guided(first=0)", "soft_teacher(gamma=2)",
+                                  "retold(drop=2)"])
 def test_a_parameter_out_of_range_is_refused_where_it_is_written(what):
     import importlib
     import pkgutil

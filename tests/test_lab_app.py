@@ -17,7 +17,7 @@ from rlworkbench.serving.lab import Lab, LabView, lab_view, live, screen
 from rlworkbench.serving.moments import SIDES, read, write
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.space import clouds_svg, panel, plane
-from rlworkbench.serving.thinker import Thinker, Thought, answer, walk
+from rlworkbench.serving.thinker import Thinker, Thought, another, answer, latent, walk
 from rlworkbench.training.job import train
 from rlworkbench.training.run import Config
 from tests.conftest import CHROMIUM
@@ -168,14 +168,24 @@ def test_walking_an_axis_moves_answers(thinker):
     assert moved >= 2
 
 
-def test_another_problems_thought_pulls_towards_its_answer(thinker):
-    "The slots are listened to: with another problem's posterior mean in them its answer becomes likelier, as a mean over problems."
-    gained = []
-    for k in range(12):
-        found = answer(thinker, Thought(k, "another problem"))
+def test_another_problems_thought_is_the_mean_of_its_prior(thinker):
+    for k in (0, 7, 79):
+        other = another(thinker, k)
+        assert thinker.items[other].answer != thinker.items[k].answer
+        assert torch.equal(latent(thinker, Thought(k, "another problem"))[0], thinker.step.prior[0][other])
+        assert torch.equal(latent(thinker, Thought(k, "posterior"))[0], thinker.step.posterior[0][k])
+
+
+def test_thoughts_are_listened_to(thinker):
+    "Another problem's thought makes that problem's answer likelier and the own answer less so, the own posterior the own answer likelier: each by two standard errors of its mean over 40 problems."
+    gained = {"theirs": [], "own": [], "after": []}
+    for k in range(40):
+        own, found, after = thinker.items[k].answer, answer(thinker, Thought(k, "another problem")), answer(thinker, Thought(k, "posterior"))
         theirs = thinker.items[found.other].answer
-        gained.append(found.likely[theirs] - found.before[theirs])
-    assert sum(gained) / len(gained) > 0
+        for name, (seen, which) in {"theirs": (found, theirs), "own": (found, own), "after": (after, own)}.items():
+            gained[name].append(seen.likely[which] - seen.before[which])
+    mean, off = ({n: f(torch.tensor(v)).item() for n, v in gained.items()} for f in (torch.mean, lambda x: x.std() / len(x) ** .5))
+    assert mean["theirs"] > 2 * off["theirs"] and mean["own"] < -2 * off["own"] and mean["after"] > 2 * off["after"], (mean, off)
 
 
 def test_what_is_looked_at_changes_no_weight_and_no_stream(thinker):
@@ -183,6 +193,17 @@ def test_what_is_looked_at_changes_no_weight_and_no_stream(thinker):
     answer(thinker, Thought(5, heat=2.0, draw=9, slot=1, at=-3.0))
     assert torch.equal(stream, torch.get_rng_state()) and all(torch.equal(w, before[n]) for n, w in thinker.policy.weights().items())
     assert not any(w.grad is not None for w in thinker.policy.weights().values())
+
+
+# ---- runs that can be opened
+
+def test_only_runs_with_a_prior_and_a_posterior_are_listed(tmp_path):
+    "A run of SoftCoT has thoughts, and nothing that they could be compared with: it is not offered, and asked for by name it is one sentence."
+    places = latent_runs(tmp_path)
+    train(Config(recipe="softcot", **SMALL), tmp_path / "soft")
+    assert Lab(places).names() == [LATENT, "amvl"]
+    note = screen(Lab(places), LabView(run="soft")).note
+    assert "rlw-error" in note and "thoughts of an assistant, which have no posterior" in note and "softcot" in note
 
 
 # ---- the command

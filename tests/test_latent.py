@@ -1,8 +1,9 @@
 """Latent policies: where gradients go, three kinds of model, checkpoints, runs from the command line, bad input, probes."""
 import json
+import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from rlworkbench.claims.amvl import LOW
 from rlworkbench.cli.main import main
 from rlworkbench.core.config import Config
 from rlworkbench.core.registry import policies, probes, recipes, tasks
@@ -18,15 +20,17 @@ from rlworkbench.core.step import Step
 from rlworkbench.diagnostics import sections as report_sections
 from rlworkbench.latent import film
 from rlworkbench.latent.amvl import ABLATIONS, amvl, forward_kl, reverse_kl, variational, with_slots
-from rlworkbench.latent.dlr import Filtered
+from rlworkbench.latent.dlr import Filtered, Thoughts
 from rlworkbench.latent.gaussian import drawn, kl, noise_of
 from rlworkbench.latent.policy import LatentPolicy
 from rlworkbench.latent.readings import leakage, sides, think
 from rlworkbench.latent.saving import load_latent
+from rlworkbench.latent.softcot import SoftPolicy, softcot, softly
 from rlworkbench.policies.families import family
 from rlworkbench.policies.micro import MICROS, random_micro
 from rlworkbench.policies.tiny import load_tiny, random_tiny
-from rlworkbench.recipes.recipe import Lesson
+from rlworkbench.recipes.recipe import Lesson, Recipe
+from rlworkbench.recipes.slots import Group, Spec, kl_penalty, score_replies
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.serving import report
@@ -34,7 +38,7 @@ from rlworkbench.tasks import photographs
 from rlworkbench.tasks.silent import digits_sum_silent, verbose_sum_silent
 from rlworkbench.tasks.task import validate
 from rlworkbench.training.choices import load_policy, new_trainer
-from rlworkbench.training.evaluate import evaluate
+from rlworkbench.training.evaluate import answers, evaluate
 from rlworkbench.training.job import resume, train
 from rlworkbench.training.run import Run
 from rlworkbench.training.supply import demonstrations
@@ -191,6 +195,143 @@ def test_pictures_are_looked_at_once_and_only_while_the_vision_part_rests():
     assert not any("vision" in n for n in policy.parameters())
 
 
+# --- micro-batches change no number, and no two steps think alike
+
+def trained_in_pieces(recipe, base, micro, task=verbose_sum_silent, steps=2, **more):
+    "Metrics and weights after plain descent without clipping, since Adam and a clipped norm would hide a wrong factor."
+    trainer = Trainer(base(), task, recipe, prompts=3, group=4, micro=micro, steps=steps, clip=float("inf"), watchers=(), **more)
+    trainer.optimizer = torch.optim.SGD(trainer.policy.parameters().values(), lr=.05)
+    trainer.lr = .05
+    return trainer.fit(steps), {n: p.detach().clone() for n, p in trainer.policy.parameters().items()}
+
+
+def warm(heat=1.0):
+    policy = LatentPolicy(random_micro(MICROS["micro-verbose"]), 3, 5, heat)
+    with torch.no_grad():
+        policy.parts.up.weight.mul_(3)
+    return policy
+
+
+@dataclass(frozen=True, repr=False)
+class by_last(Spec):
+    "A keep that refuses some replies of each group, so that those that stay are no longer counted from 0."
+    def __call__(self, step):
+        return step.reply != 1
+
+
+FIRST = Recipe("plain", rollout=Group(Sampling(max_tokens=5)), rewards=(lambda step: {"odd": step.length.float() + step.ids[:, 0] % 3},))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 5, None])
+@pytest.mark.parametrize("but", [{}, {"keep": by_last()}, {"batches": 3}, {"penalty": kl_penalty(.1)}], ids=["plain", "keep", "batches", "reference"])
+def test_the_first_ratio_is_1_however_a_step_is_cut(micro, but):
+    rows, _ = trained_in_pieces(FIRST.but(**but), warm, micro)
+    assert [r["ratio/first"] for r in rows] == pytest.approx([1, 1], abs=1e-4)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)      # the reference thinks what the policy thought
+
+
+@pytest.mark.parametrize("micro", [1, 5])
+def test_pieces_change_no_weight_of_a_policy_with_thoughts_of_its_own(micro):
+    (one, whole), (two, cut) = (trained_in_pieces(FIRST, warm, m) for m in (None, micro))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], abs=1e-5)
+    assert any((w - warm().parameters()[n]).abs().max() > 1e-4 for n, w in whole.items())
+    assert all(torch.allclose(w, cut[n], atol=1e-5) for n, w in whole.items())
+
+
+def test_every_step_draws_other_thoughts_and_every_reply_its_own():
+    seen = []
+    for clock in (0, 1):
+        step = Step(items=verbose_sum_silent.items()[:2], size=(2, 3), clock=(clock, 9), seed=4, generator=generator(0, "t"))
+        Group(Sampling(max_tokens=3))(policy := warm(), step)
+        with torch.no_grad():
+            seen.append(policy.within(step).select(policy.within(step).prefill(step.prompts), step.group).latent)
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 12
+
+
+def test_a_thought_outside_of_a_step_does_not_depend_on_what_is_asked_beside_it():
+    policy, items = warm(), verbose_sum_silent.items()[:3]
+    with torch.no_grad():
+        many = policy.select(policy.prefill(policy.encode(items)), torch.tensor([0, 1, 2, 1])).latent
+        alone = policy.select(policy.prefill(policy.encode(items[1:2])), torch.tensor([0, 0])).latent
+    assert torch.allclose(many[[1, 3]], alone, atol=1e-5) and not torch.allclose(alone[0], alone[1])
+
+
+def test_sampled_answers_do_not_depend_on_the_batch_but_on_the_seed():
+    items, law = verbose_sum_silent.items("test")[:6], Sampling(0.0, 6)
+    said = lambda batch, seed: [t for s in answers(warm(4.0), items, law, 2, seed, batch) for t in s.text]
+    assert said(6, 0) == said(2, 0) != said(6, 1)
+
+
+def test_without_a_cache_thoughts_are_drawn_all_the_same():
+    policy = warm(3.0)
+    policy.model.gradient_checkpointing_enable()
+    assert policy.apart
+    step = Step(items=verbose_sum_silent.items()[:2], size=(2, 3), clock=(3, 9), generator=generator(0, "t"))
+    Group(Sampling(max_tokens=4))(policy, step)
+    with torch.no_grad():
+        score_replies(policy, step)
+        drew = policy.within(step).prefill(step.prompts.take(step.group)).latent
+    assert (step.logp - step.old).abs().max() < 2e-5 and len(drew.flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_pieces_change_no_number_of_dlr(micro):
+    def base():
+        policy = LatentPolicy(random_micro(MICROS["micro-verbose"]), 4, 16)
+        with torch.no_grad():
+            policy.parts.up.weight.mul_(10)
+            policy.parts.prior.bias[16:].fill_(2.0)
+        return policy
+    odd = lambda step: {"correct": (step.ids[:, 0] % 2).float()}     # groups of right and wrong replies
+    recipe = recipes.get("dlr").but(rollout=Thoughts(Sampling(max_tokens=4)), rewards=(odd,))
+    (one, whole), (two, cut) = (trained_in_pieces(recipe, base, m) for m in (None, micro))
+    assert one[0]["loss/contrast"] > 1e-3, "no group is mixed; this test would say nothing"
+    for name in ("loss/policy", "loss/contrast", "loss/wide"):
+        assert [r[name] for r in one] == pytest.approx([r[name] for r in two], abs=1e-5)
+    assert all(torch.allclose(w, cut[n], atol=1e-5) for n, w in whole.items())
+    assert [r["ratio/first"] for r in two] == pytest.approx([1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_pieces_change_no_number_of_the_stray_control(micro):
+    (one, whole), (two, cut) = (trained_in_pieces(LOW["stray"].but(terms=(*LOW["stray"].terms[:2], replace(LOW["stray"].terms[2], scale=.5))),
+                                                  lambda: random_micro(MICROS["micro-verbose"]), m) for m in (None, micro))
+    assert one[0]["loss/reverse_kl"] > 0 and [r["loss/reverse_kl"] for r in one] == pytest.approx([r["loss/reverse_kl"] for r in two], rel=1e-4)
+    assert all(torch.allclose(w, cut[n], atol=1e-5) for n, w in whole.items())
+
+
+# --- an assistant where thoughts are asked for
+
+@pytest.mark.parametrize("recipe", ["amvl", "dlr"])
+def test_a_policy_of_softcot_is_refused_in_one_sentence(recipe, tmp_path, monkeypatch, capsys):
+    SoftPolicy(random_micro(MICROS["micro-verbose"]), 4).save(tmp_path / "soft")
+    said = run(monkeypatch, capsys, "train", "--recipe", recipe, "--task", "verbose-sum-silent", "--policy", str(tmp_path / "soft"), "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+    assert "its thoughts have no spread and no posterior" in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
+
+
+def test_softcot_around_latents_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    said = run(monkeypatch, capsys, "train", "--recipe", "softcot", "--task", "digits-sum-silent", "--policy", "latent:random-tiny,slots=2,width=4", "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+    assert "has thoughts of its own" in said and len(said.strip().splitlines()) == 1
+
+
+def test_an_assistant_of_another_width_thinks_for_a_model():
+    base, small = random_micro(MICROS["micro-verbose"]), random_micro(replace(MICROS["micro-verbose"], width=40))
+    policy = SoftPolicy(base, 3, assistant=small)
+    assert policy.parts.project.weight.shape == (80, 40) and policy.width == 40
+    rows = Trainer(policy, verbose_sum_silent, softcot.but(forward=softly(3)), prompts=4, lr=1e-2, steps=8).fit(8)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(ValueError, match="has no assistant"):
+        softly(3)(base, demonstrations(base, verbose_sum_silent.items()[:1]))
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "3", None, 0])
+def test_a_number_of_slots_that_is_none_is_one_sentence(value):
+    with pytest.raises(ValueError, match="slots must be a whole number, 1 or more"):
+        LatentPolicy(random_micro(MICROS["micro-verbose"]), value)
+    with pytest.raises(ValueError, match="must be whole numbers, 1 or more"):
+        SoftPolicy(random_micro(MICROS["micro-verbose"]), value)
+
+
 # --- files
 
 @every_base
@@ -280,6 +421,22 @@ def test_an_exploding_latent_names_slot_and_step(value, says):
     with pytest.raises(ValueError, match=r"step 2: latent slot 2 of item .* " + says.replace("+", r"\+")):
         trainer.step()
     handle.remove()
+
+
+def test_latents_that_explode_are_one_sentence_on_the_command_line(tmp_path, monkeypatch, capsys):
+    said = run(monkeypatch, capsys, "train", "--recipe", "amvl", "--task", "digits-sum-silent", "--policy", "random-tiny", "--steps", "6", "--prompts", "2", "--lr", "1e6", "--evaluate", "0", "--threads", "1",
+               "--out", str(tmp_path / "r"), code=2)
+    assert re.search(r"step \d+: latent slot \d of item digits-sum\S* is ", said) and "Traceback" not in said
+
+
+def test_a_checkpoint_of_other_slots_is_one_sentence_on_the_command_line(tmp_path, monkeypatch, capsys):
+    LatentPolicy(random_tiny(), 2, 16).save(tmp_path / "two")
+    LatentPolicy(random_tiny(), 4, 8).save(tmp_path / "narrow")
+    for name, says in (("two", "has slots 2, and the method asks for 4"), ("narrow", "has width 8, and the method asks for 16")):
+        said = run(monkeypatch, capsys, "train", "--recipe", "amvl", "--task", "digits-sum-silent", "--policy", str(tmp_path / name), "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+        assert says in said and len(said.strip().splitlines()) == 1
+    said = run(monkeypatch, capsys, "train", "--recipe", "sft", "--task", "digits-sum-silent", "--policy", f"latent:{tmp_path / 'two'},slots=4", "--steps", "1", "--out", str(tmp_path / "r"), code=2)
+    assert "has slots 2, and 4 was asked for; they can't be changed after training" in said
 
 
 def test_other_slots_than_the_policy_has_are_refused():

@@ -76,6 +76,17 @@ STABILISERS = (   # the same, and the tests that must notice
     ("recipes/observe_r1.py", "> self.beyond:", ">= 0:", "test_stabilisers_c.py"),
     ("recipes/rif.py", "(right >= self.least)", "(right > self.least)", "test_stabilisers_c.py"),
     ("recipes/route_diversity.py", "* v * (step.correct > 0)", "* v", "test_stabilisers_c.py"),
+    ("recipes/prefix_rft.py", "[need(step, \"entropy\")[given].argsort(", "[(-need(step, \"entropy\"))[given].argsort(", "test_blends.py"),
+    ("recipes/prefix_rft.py", "hybrid & (n == 1), R,", "hybrid & (n == 1), 0 * R,", "test_blends.py"),
+    ("recipes/beside.py", "token_mean(step.demos)", "token_mean(step.demos) * 2", "test_blends.py"),
+    ("recipes/amft.py", "flat(sft) - flat(rl)", "flat(rl) - flat(sft)", "test_blends.py"),
+    ("recipes/vision_r1.py", "0.0 if v < least else", "0.0 if v <= least else", "test_blends.py"),
+    ("recipes/grpo_ats.py", "max(self.cold, COLD)", "COLD", "test_blends.py"),
+    ("recipes/lav_cot.py", "left + (x != y)", "left + 1", "test_blends.py"),
+    ("recipes/rlp.py", "step.target_logp - step.target_base", "step.target_base - step.target_logp", "test_blends.py"),
+    ("recipes/guided.py", "~step.truncated", "step.truncated", "test_blends.py"),
+    ("recipes/thinktuning.py", "held + self.gamma", "held - self.gamma", "test_blends.py"),
+    ("recipes/dualformer.py", "out[:-1] if checks else out", "out", "test_blends.py"),
 )
 
 RUNNER = """

@@ -22,7 +22,7 @@ from tests.test_families import SEEING, drawn, noise
 PROBES = {name: p for name, p in probes.all().items() if not {"latent", "prior", "posterior", "latent/path"} & {*p.needs}}   # the latent ones: tests/test_latent
 READING_MODELS = [name for name, probe in PROBES.items() if probe.reads == "policy"]
 every = pytest.mark.parametrize("name", PROBES)
-LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3, watch="looking,geometry")
+LAW = Config(recipe="grpo", task="digits-sum", policy="tiny", steps=3, prompts=3, group=4, lr=1e-4, evaluate=0, record="full", checkpoint=2, keep=9, seed=3, watch="looking,geometry,battery:n=4")
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ assert not [m for m in sys.modules if m.startswith("rlworkbench")]
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3]))); "
 
 
-@pytest.mark.parametrize("bytes", [600, 3000, 9000, 12500])
+@pytest.mark.parametrize("bytes", [800, 3000, 9000, 12500])
 def test_a_disk_that_fills_up_leaves_a_run_that_goes_on(bytes, tmp_path):
     """No file may grow beyond a limit: it hits the log, a table or a checkpoint, whichever is larger."""
     config = SMALL | dict(steps=12, record="full")

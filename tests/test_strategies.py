@@ -1,6 +1,7 @@
 """Every strategy: on micro, on tiny and on nine families; the same again, within its budget, with all it spent in the Trace, and no exception for a user's question."""
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from rlworkbench.policies.table import uniform
 from rlworkbench.policies.tiny import load_tiny
 from rlworkbench.reasoning.contrast import divergence, push
 from rlworkbench.reasoning.drafts import decode
+from rlworkbench.reasoning.sequential import in_rounds, own_verdicts, steps_of
+from rlworkbench.reasoning.streaming import Progress
 from rlworkbench.tasks.bandit import bandit
 from rlworkbench.tasks.digits import digits_sum
 from rlworkbench.tasks.sevens import sevens_even
@@ -106,6 +109,23 @@ def test_the_same_seed_alone_and_in_company(tiny, name):
     assert written(together) == written(ask(name, tiny, items, 102, task=digits_sum, rng=7))
     assert written(together[::-1]) == written(ask(name, tiny, items[::-1], 102, task=digits_sum, rng=7))
     assert written(together) == written(ask(name, tiny, items, 102, task=digits_sum, rng=7, batch=1))
+
+
+def exact(traces: list) -> list:
+    return [(t.ids, t.text, t.columns, t.origin, t.outcome, t.spent, t.answer, t.meta, exact(t.branches)) for t in traces]
+
+
+@every
+def test_watched_it_is_the_same_and_every_token_was_told(tiny, name):
+    own, items, seen = STRATEGIES[name], digits_sum.items("test")[:2], []
+    ready = own.but(**own.prepare(tiny, digits_sum, 0)) if own.prepare else own
+    progress = Progress(lambda: seen.append([progress.trace(i) for i in items]))
+    plain, watched = ready(tiny, items, 68, task=digits_sum, rng=3), ready(tiny, items, 68, task=digits_sum, rng=3, watch=progress)
+    assert exact(watched) == exact(plain)
+    assert all(a.spent <= b.spent for before, after in pairwise(seen) for a, b in zip(before, after))
+    assert all(t.correct is None and t.meta == {"unfinished": True} for t in seen[-1])
+    gradients = [t.unseen * (name == "nabla-reasoner") for t in watched]
+    assert [t.spent for t in seen[-1]] == [t.spent - g for t, g in zip(watched, gradients)]
 
 
 @pytest.mark.parametrize("name", ["sampling", "self-consistency", "cautious", "revised", "best-of-n-oracle"])
@@ -232,6 +252,42 @@ def test_a_think_tag_that_never_closes(tiny):
     for name in ("forced", "revised", "cautious"):
         trace, = ask(name, tiny, [item], 9, task=digits_sum)
         assert (trace.outcome, trace.answer, trace.correct) == ("truncated", "", 0.0)
+
+
+# --- verdicts of its own ---
+def test_a_complaint_cuts_at_its_step_and_enough_calm_ends(tiny):
+    asked, item = [], digits_sum.items("test")[0]
+
+    def judge(policy, items, replies, budget, tries, seed, temperature):
+        asked.append((tries[0], [*replies[0].ids]))
+        return {0: steps_of([policy.piece(t) for t in replies[0].ids])[1][0] if len(asked) == 1 else None}
+    trace, = in_rounds(tiny, [item], 200, task=digits_sum, seed=0, temperature=1.0, memory=True, least=2, judge=judge)
+    at = steps_of([tiny.piece(t) for t in asked[0][1]])[1][0]
+    assert [n for n, _ in asked] == [1, 2, 3] and asked[0][1][:at] == asked[1][1][:at] and trace.ids == asked[1][1] == asked[2][1]
+    assert [b.at for b in trace.branches] == [at] and trace.branches[0].ids == asked[0][1][at:] and trace.meta["rewritten"] == 1
+    asked.clear()
+    short, = in_rounds(tiny, [item], len(trace.ids) + 5, task=digits_sum, seed=0, temperature=1.0, memory=True, least=2, judge=judge)
+    assert short.meta["rewritten"] == 0 and short.spent <= len(trace.ids) + 5
+
+
+@pytest.mark.parametrize("said, blamed", [("1", 0), ("2", 1), ("0", None), ("9", None), ("no", None)])
+def test_a_verdict_names_a_step(tiny, monkeypatch, said, blamed):
+    from rlworkbench.reasoning import sequential
+    item = digits_sum.items("test")[0]
+    reply, = (sequential.Reply().give(tiny.tokens("<observe>563</observe><think>5+6=1;1+3=4</think><answer>4</answer>")) for _ in "a")
+    reply.why = "end"
+    real, words = sequential.decode, tiny.tokens(f"{said}</answer>")[:-1]
+
+    def saying(*args, **kw):
+        found = real(*args, **kw)
+        found.ids[0], found.old[0], found.entropy[0] = words, [0.0] * len(words), [0.0] * len(words)
+        return found
+    monkeypatch.setattr(sequential, "decode", saying)
+    with torch.no_grad():
+        found = own_verdicts(tiny, [item], {0: reply}, 100, [1], 0, 1.0)
+    steps = steps_of([tiny.piece(t) for t in reply.ids])
+    assert found == {0: None if blamed is None else steps[blamed][0]}
+    assert reply.branches[0].prompt == "<verify>5+6=1;1+3=4?" and reply.spent == len(words)
 
 
 def test_a_picture_of_one_pixel_and_a_prompt_of_many_words(tiny):

@@ -20,7 +20,7 @@ from ..latent.readings import watched
 from ..recipes.grpo import grpo
 from ..recipes.recipe import Term
 from ..recipes.sft import sft
-from ..recipes.slots import slot
+from ..recipes.slots import slot, whole
 from .claim import Arm, Claim, Comparison, Finished, accuracy
 
 # %% ../../nbs/claims/11_amvl.ipynb #c005
@@ -44,8 +44,10 @@ class sharp(watched):
 # %% ../../nbs/claims/11_amvl.ipynb #c008
 @slot("KL(sg p of another problem ‖ q), per latent slot")
 def stray_kl(step: Step):
-    "Pulls each posterior to the prior of the row before it (N,K)."
-    return kl(still(tuple(x.roll(1, 0) for x in need(step, "prior"))), need(step, "posterior"))
+    "Pulls each posterior to the prior of the row before it in the minibatch (N,K)."
+    every, own = need(whole(step), "prior"), need(step, "posterior")
+    rows = torch.arange(len(own[0])) if len(own[0]) == len(every[0]) else step.rows     # a piece knows which rows it holds
+    return kl(still(tuple(x[rows - 1] for x in every)), own)
 
 
 BETA, GAMMA = climb(.1, 0.0, .1), climb(.03, .3, .3)    # a tenth of the lesson's own

@@ -138,7 +138,8 @@ def work_off(
             for future in as_completed(begun):
                 tell(begun[future], future.result(), watch)
         except BrokenProcessPool:
-            raise ValueError("a process of the reproduction died (killed, or out of memory); what is finished stays, run it again to go on") from None
+            left = [f"{arm} {seed}" for _, arm, seed, _, digest, file in begun.values() if finished(file, digest) is None]
+            raise ValueError(f"a process of the reproduction died (killed, or out of memory); what is finished stays, run it again to go on with what is missing: {', '.join(left)}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -187,6 +188,7 @@ def reproduce(
     folder=None,        # of the jobs' files; None: runs/claims/NAME
     first: int=0,       # the first seed; a pilot takes others than the claim
     watch=None,         # called with (arm, seed) after each job
+    by=work_off,        # what does the jobs: processes of this machine, or a cluster
 ) -> dict:              # the result, plain as JSON; also written to result.json in the folder
     "Run what of a claim has not been run yet, and judge it. Raises ValueError."
     seeds = claim.seeds if seeds is None else seeds
@@ -198,7 +200,7 @@ def reproduce(
             n = steps or arm.amount
             plan[name, seed] = (claim, name, seed, n, job_digest(claim, arm, n, code), folder / f"{name}-{seed}.json")
     done = lambda job: finished(job[-1], job[-2])
-    work_off([job for job in plan.values() if done(job) is None], jobs, watch)
+    by([job for job in plan.values() if done(job) is None], jobs, watch)
     result = summary(claim, {key: done(job) for key, job in plan.items()}, pilot_of(claim, seeds, steps, first), code)
     write_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
@@ -210,10 +212,10 @@ def summary(claim: Claim, found: dict, pilot: str, code: str) -> dict:
     of = lambda arm, what, name: [found[arm, seed][what][name] for seed in seeds]
     values = {arm: {m: of(arm, "values", m) for m in claim.measures} for arm in claim.arms}
     curves = {arm: {k: [round(sum(x) / len(seeds), 5) for x in zip(*of(arm, "curves", k))] for k in claim.curves} for arm in claim.arms}
-    arms = {n: a.told() for n, a in claim.arms.items()}
+    arms, cpu = {n: a.told() for n, a in claim.arms.items()}, {arm: [found[arm, seed]["cpu_seconds"] for seed in seeds] for arm in claim.arms}
     versions = {"python": platform.python_version(), **{p: version(p) for p in ("rlworkbench", "torch", "transformers", "numpy", "scipy")}}
     return {"claim": claim.name, "paper": claim.paper, "says": claim.doc, **assess(claim, values, pilot), "seeds": seeds, "unit": claim.unit, "values": values,
-            "curves": curves, "arms": arms, "cpu_seconds": round(sum(f["cpu_seconds"] for f in found.values()), 1), "cpu_budget": claim.cpu_budget,
+            "curves": curves, "arms": arms, "cpu_seconds": round(sum(map(sum, cpu.values())), 1), "cpu_by_arm": cpu, "cpu_budget": claim.cpu_budget,
             "versions": versions, "code": code}
 
 # %% ../../nbs/claims/02_reproduce.ipynb #c025
@@ -230,6 +232,8 @@ def result_lines(
 ) -> list:        # of text
     "A result for people."
     row = lambda mark, c: f"  {mark} {c['says']}: {c['mean'] if abs(c['mean']) > 1e-6 else 0:+.4g} [{c['low']:+.4g}, {c['high']:+.4g}], {c['verdict']}"
+    spent = [f"{arm} {sum(seconds) / len(seconds):.3g}" for arm, seconds in result.get("cpu_by_arm", {}).items()]
     return [f"{result['claim']}: {result['says']} ({result['paper']})", *(row("comparison", c) for c in result["comparisons"]),
             *(row("control   ", c) for c in result["controls"]),
-            f"{result['verdict']}: {result['why']}; {len(result['seeds'])} {result.get('unit', 'seeds')}, {result['cpu_seconds']:.0f} CPU seconds"]
+            f"{result['verdict']}: {result['why']}; {len(result['seeds'])} {result.get('unit', 'seeds')}, {result['cpu_seconds']:.0f} CPU seconds",
+            *([f"  CPU seconds of a run: {', '.join(spent)}"] if spent else [])]

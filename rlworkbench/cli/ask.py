@@ -26,13 +26,16 @@ def check_place(
 # %% ../../nbs/cli/03_ask.ipynb #c005
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    run: Annotated[Path, typer.Argument(help="a run folder, or that of a pipeline")],
     html: Annotated[Optional[Path], typer.Option(help="file to write; default RUN/report.html")] = None,
     inside: Annotated[bool, typer.Option("--inside", help="load the policy, too: attribution, looking, hidden states, lenses, logits")] = False,
 ):
-    "Write a self-contained HTML page about a run."
+    "Write a self-contained HTML page about a run, or about a pipeline."
     from rlworkbench.serving.report import write_report
+    from rlworkbench.serving.stages import write_pipeline_page
     from rlworkbench.training.run import Run
+    if (run / "pipeline.json").is_file():
+        return say(f"report: {write_pipeline_page(run, html)}")
     say(f"report: {write_report(Run.open(run), html, inside=inside)}")
 
 # %% ../../nbs/cli/03_ask.ipynb #c007
@@ -170,14 +173,18 @@ def compare_strategies(
 def reproduce(
     claim: Annotated[str, typer.Argument(help="rlworkbench list claims")],
     seeds: Annotated[Optional[int], typer.Option(help="default: what the claim asks for; fewer make a pilot")] = None,
-    jobs: Annotated[int, typer.Option(help="processes, each on one thread")] = 1,
+    jobs: Annotated[Optional[int], typer.Option(help="processes, each on one thread; default: one, with --ray local two, else all that the cluster has")] = None,
+    ray: Annotated[Optional[str], typer.Option(metavar="ADDRESS", help="do the jobs on a Ray cluster: local starts one here, auto, HOST:PORT or ray://HOST:PORT")] = None,
     steps: Annotated[Optional[int], typer.Option(help="of each training; another number than the claim's makes a pilot")] = None,
     first_seed: Annotated[int, typer.Option(help="a pilot takes others than the claim")] = 0,
     out: Annotated[Optional[Path], typer.Option(help="write the result there, too")] = None,
     as_json: JSON = False,
 ):
     "Run a claim over seeds and arms and judge it; interrupted, the same command goes on."
+    from contextlib import nullcontext
+
     from rlworkbench.claims import reproduce as work
+    from rlworkbench.claims.cluster import joined
     from rlworkbench.core.files import write_text
     from rlworkbench.core.registry import claims
     found = claims.get(claim)
@@ -186,8 +193,8 @@ def reproduce(
         if value is not None and value < least:
             raise ValueError(f"{option} must be {least} or more, got {value}")
     say(f"{len(found.arms)} arms, {seeds or found.seeds} seeds, meant to need {found.cpu_budget:.0f} CPU seconds at {found.seeds} seeds", as_json)
-    with bar(len(found.arms) * (seeds or found.seeds), as_json) as progress:
-        result = work.reproduce(found, seeds, jobs, steps, first=first_seed, watch=lambda arm, seed: progress.update())
+    with joined(ray, jobs) if ray else nullcontext(work.work_off) as by, bar(len(found.arms) * (seeds or found.seeds), as_json) as progress:
+        result = work.reproduce(found, seeds, jobs or 1, steps, first=first_seed, watch=lambda arm, seed: progress.update(), by=by)
     if out:
         write_text(out, json.dumps(result, indent=1) + "\n")
     say("\n".join(work.result_lines(result)), as_json)

@@ -46,6 +46,9 @@ class Config:
     dtype: str = "float32"       # float32 or bfloat16: of the weights
     checkpointing: bool = False  # activations are computed twice to save memory
     watch: str = None            # watchers with commas: they write into the log and change no weight
+    select: str = None           # which training problems are used: a selector and its options, or file:SELECTION
+    budget: float = None         # share of the pool that it takes
+    query: str = None            # a task whose validation problems say what is to be learned
     parent: str = None           # of a fork: FOLDER@STEP
     format: int = FORMAT
 
@@ -60,6 +63,11 @@ class Config:
             raise ValueError(f"batches must divide prompts, got {self.batches} minibatches of {self.prompts} problems; groups are never split")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr!r}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget must be above 0 and at most 1, the share of the pool to take, got {self.budget!r}")
+        for name in ("budget", "query"):
+            if getattr(self, name) is not None and not self.select:
+                raise ValueError(f"{name} is for a selection: --select NAME says which (rlworkbench list selectors)")
         if self.record not in ("small", "full"):
             raise ValueError(f"record must be small or full, got {self.record!r}")
         if self.dtype not in ("float32", "bfloat16"):

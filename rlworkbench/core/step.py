@@ -34,6 +34,7 @@ class Step:
     text: list = column("(N)", "the replies as text")
     length: torch.Tensor = column("(N)", "tokens in the reply, end token included")
     truncated: torch.Tensor = column("(N)", "cut off before the end token")
+    reply: torch.Tensor = column("(N)", "number of the reply in its group, as it was drawn")
     # what it was worth
     correct: torch.Tensor = column("(N)", "the verifier's verdict, 0 or 1")
     rewards: dict = column("{(N)}", "named parts of the reward")

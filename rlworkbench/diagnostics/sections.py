@@ -15,7 +15,7 @@ SECTIONS = {   # heading: names of probes
     "Why did it learn, or not?": ("why",),
     "Where it hesitates": ("entropy-by-step", "entropy-bands", "forks"),
     "What the update did to tokens": ("pushes", "push-quadrants", "left-out"),
-    "While it learned": ("looking-over-training", "geometry-over-training", "latent-over-training"),
+    "While it learned": ("looking-over-training", "geometry-over-training", "latent-over-training", "forgetting"),
     "How it behaves": ("pass-at-k", "calibration", "think-answer-mismatch", "reflection"),
 }
 INSIDE = {     # the same for probes that need the policy, and so take seconds

@@ -42,6 +42,7 @@ class Thoughts(Group):
         step.law = self.sampling
         step.prompts = policy.encode(step.items)
         step.group = torch.arange(len(step.items)).repeat_interleave(step.size[1])
+        step.reply = torch.arange(step.size[1]).repeat(len(step.items))
         with torch.no_grad():
             step.latent, step.prior = self.drawn(policy, step)
             check_latents(step, (step.latent,))
@@ -82,11 +83,12 @@ class contrast(Spec):
 
     def __call__(self, step: Step):
         unit = lambda x: torch.nn.functional.normalize(x.flatten(1), dim=-1)
-        near = (unit(need(step, "prior")[0]) * unit(need(step, "latent"))).sum(1) / self.tau
-        right, same = need(step, "correct") > .5, step.group[:, None] == step.group
+        every = whole(step)
+        near = unit(need(step, "prior")[0]) @ unit(need(every, "latent")).T / self.tau      # of own mean and all thoughts
+        right, same = need(every, "correct") > .5, step.group[:, None] == every.group
         over = lambda among: torch.where(same & among, near, torch.full_like(near, -1e4)).logsumexp(1)
         mixed = (same & right).any(1) & (same & ~right).any(1)
-        return torch.where(mixed, over(torch.ones_like(right)) - over(right), torch.zeros_like(near))
+        return torch.where(mixed, over(torch.ones_like(right)) - over(right), torch.zeros_like(near[:, 0]))
 
 
 @slot("1 / N")

@@ -49,9 +49,8 @@ class Clouds:
         means = {side: torch.stack([getattr(s, side)[0].flatten(1) for s in self.frames.values()]) for side in ("prior", "posterior")}   # (F,N,KD)
         middle, axes, share = plane_of(*(m[-1] for m in means.values()))
         paths = {f"{side} {k + 1}": tuple(((m[:, k] - middle) @ axes).T.tolist()) for side, m in means.items() for k in range(problems)}
-        ends = {name: [""] * (len(xs) - 1) + [name] for name, (xs, _) in paths.items()}
-        return paths_svg(paths, ends, f"Means over training ({share:.0%} of the last frame's spread)", "first direction", "second",
-                         colours={n: "amount" if n.startswith("prior") else "positive" for n in paths})
+        return paths_svg(paths, {name: [""] * len(xs) for name, (xs, _) in paths.items()}, f"Means over training ({share:.0%} of the last frame's spread)", "first direction", "second",
+                         colours={n: "amount" if n.startswith("prior") else "answer" for n in paths})
 
 # %% ../../nbs/latent/08_film.ipynb #c006
 NAMES = ("latent/forward", "latent/reverse", "latent/path")

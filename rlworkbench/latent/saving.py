@@ -98,6 +98,8 @@ def around_policy(
         made = LatentPolicy(policy, **options)
         made.name = f"latent {policy.name}"
         return made
+    if policy.no_posterior:
+        raise ValueError(f"{policy.no_posterior}; this method needs thoughts that can be drawn, as a policy of its own base has: name that base instead")
     for name in ("slots", "width"):
         if options.get(name, getattr(policy, name)) != getattr(policy, name):
             raise ValueError(f"{policy.name} has {name} {getattr(policy, name)}, and the method asks for {options[name]}; they can't be changed after training")

@@ -49,10 +49,14 @@ class Bridge(torch.nn.Module):
 
 class SoftPolicy(LatentPolicy):
     "A frozen model that is fed the thoughts of a frozen assistant."
+    no_posterior = "a policy of SoftCoT is fed the states of an assistant: its thoughts have no spread and no posterior that they could be compared with"
+
     def __init__(self, base, slots: int = 4, chains: int = 1, assistant=None, seed: int = 0):
         needs_a_tower(base)
-        if min(slots, chains) < 1:
-            raise ValueError(f"slots and chains must be 1 or more, got {slots} and {chains}")
+        if isinstance(base, LatentPolicy):
+            raise ValueError(f"{base.name or 'this policy'} has thoughts of its own; SoftCoT feeds those of an assistant to a policy that has none")
+        if not all(type(n) is int and n >= 1 for n in (slots, chains)):
+            raise ValueError(f"slots and chains must be whole numbers, 1 or more, got {slots!r} and {chains!r}")
         helper = base.copy() if assistant is None else assistant
         if helper.vocabulary != base.vocabulary:
             raise ValueError(f"the assistant {helper.name} writes {helper.vocabulary} tokens and {base.name} {base.vocabulary}; both must read the same tokens")
@@ -82,7 +86,7 @@ class SoftPolicy(LatentPolicy):
         return self.assistant.feed(twin(cache.helper), self.parts.starts[chain].expand(len(cache.position), -1, -1))
 
     def posterior(self, cache, *answer):
-        raise ValueError(f"{self.name} is fed the states of an assistant: it has no posterior that its thoughts could be compared with")
+        raise ValueError(self.no_posterior)
 
     def save_into(self, folder):
         self.base.save_into(folder)

@@ -6,7 +6,7 @@
 __all__ = ['LATENT', 'PAPER', 'divergence', 'slots', 'collapse', 'clouds', 'leaking', 'words', 'noise', 'sensitivity', 'columns',
            'measure_divergence', 'draw_divergence', 'measure_slots', 'draw_slots', 'effective_rank', 'measure_collapse',
            'draw_collapse', 'plane_of', 'measure_clouds', 'draw_clouds', 'measure_leakage', 'draw_leakage',
-           'measure_words', 'draw_words', 'measure_noise', 'draw_noise', 'shuffled', 'measure_sensitivity']
+           'measure_words', 'would_say', 'draw_words', 'measure_noise', 'draw_noise', 'shuffled', 'measure_sensitivity']
 
 # %% ../../nbs/latent/07_stability.ipynb #c002
 from dataclasses import replace
@@ -17,11 +17,13 @@ import torch
 
 from ..core.step import Step
 from ..diagnostics.probe import Probe, Scene
+from ..policies.feed import twin
 from ..show.curves import bars_svg, curves_svg
+from ..show.glyphs import visible
 from ..show.palette import Drawing
 from ..show.plane import cells_svg, paths_svg
 from .gaussian import kl
-from .readings import answered, leakage, prior_draw, think
+from .readings import READ, answered, leakage, prior_draw, think
 
 # %% ../../nbs/latent/07_stability.ipynb #c004
 def columns(scene: Scene) -> tuple:
@@ -78,7 +80,8 @@ def measure_collapse(scene: Scene) -> pd.DataFrame:
 
 
 def draw_collapse(table: pd.DataFrame) -> Drawing:
-    return bars_svg(table["signal"].tolist(), [f"{side[:5]} {k}" for side, k in zip(table["side"], table["slot"])], "How far means differ, over the noise", y_title="spread / σ")
+    return bars_svg(table["signal"].tolist(), [f"{'p' if side == 'prior' else 'q'} {k}" for side, k in zip(table["side"], table["slot"])],
+                    "How far means of the prior (p) and of the posterior (q) differ, over the noise", y_title="spread / σ")
 
 
 slots = Probe("latent-slots", "are latent slots copies of each other?", "policy", measure_slots, draw_slots, {"slot": "number", "other": "number", "cosine": "mean over problems, -1 to 1"},
@@ -121,18 +124,21 @@ clouds = Probe("latent-clouds", "where do prior and posterior lie?", "policy", m
 # %% ../../nbs/latent/07_stability.ipynb #c017
 def measure_leakage(scene: Scene, strengths=(.01, .1, 1.0)) -> pd.DataFrame:
     step = scene.step
-    part = Step(items=step.items, group=step.group, latent=step.latent, prior=step.prior)
-    return pd.DataFrame([{"strength": s, "accuracy": a, "chance": c} for s in strengths for a, c in [leakage(part, s)]])
+    part = Step(items=step.items, group=step.group, latent=step.latent, prior=step.prior, posterior=step.posterior)
+    asked = [*(("draw", s) for s in strengths), *((read, strengths[-1]) for read in READ[1:])]
+    return pd.DataFrame([{"read": read, "strength": s, "accuracy": a, "chance": c} for read, s in asked for a, c in [leakage(part, s, read)]])
 
 
 def draw_leakage(table: pd.DataFrame) -> Drawing:
-    return bars_svg([*table["accuracy"], table["chance"].iloc[0]], [*(f"C = {s:g}" for s in table["strength"]), "chance"], "Answers read off what the posterior adds", y_title="share of held-out problems")
+    table = table if "read" in table else table.assign(read="draw")       # as earlier versions wrote it down
+    names = [f"{r}, C {s:g}" if r == "draw" else r for r, s in zip(table["read"], table["strength"])]
+    return bars_svg([*table["accuracy"], table["chance"].iloc[0]], [*names, "chance"], "Answers read off what the posterior adds", y_title="share of held-out problems")
 
 
 leaking = Probe("latent-leakage", "does the posterior smuggle the answer into the latents?", "policy", measure_leakage, draw_leakage,
-                {"strength": "inverse of the penalty on the probe's weights", "accuracy": "of the probe on problems it was not fitted on", "chance": "share of the commonest answer"},
-                "Above chance: a linear probe reads the answer off the posterior minus the prior's mean, which is a thing that the prior can never know.", needs=LATENT,
-                cost="three logistic regressions", paper=PAPER)
+                {"read": "a draw of the posterior, its mean, or the logarithm of its σ", "strength": "inverse of the penalty on the probe's weights", "accuracy": "of the probe on problems it was not fitted on", "chance": "share of the commonest answer"},
+                "Above chance: a linear probe reads the answer off the posterior minus the prior's mean, which is a thing that the prior can never know. In the mean and not in a draw: noise drowns it, it is not gone.", needs=LATENT,
+                cost="five logistic regressions", paper=PAPER)
 
 # %% ../../nbs/latent/07_stability.ipynb #c020
 @torch.no_grad()
@@ -141,21 +147,32 @@ def measure_words(scene: Scene, near: int = 3) -> pd.DataFrame:
     words = policy.tower.get_input_embeddings().weight
     fed, usual = policy.parts.embeds(z), float(words.norm(dim=1).mean())
     cosine = torch.nn.functional.normalize(fed.mean(0), dim=-1) @ torch.nn.functional.normalize(words, dim=-1).T
-    top = cosine.topk(near, -1)
-    return pd.DataFrame([{"slot": k, "norm": float(fed[:, k].norm(dim=-1).mean()) / usual, "near": i, "word": policy.piece(int(top.indices[k, i])), "cosine": float(top.values[k, i])}
-                         for k in range(fed.shape[1]) for i in range(near)])
+    top, (says, share) = cosine.topk(near, -1), would_say(policy, scene.step, fed)
+    return pd.DataFrame([{"slot": k, "norm": float(fed[:, k].norm(dim=-1).mean()) / usual, "near": i, "word": policy.piece(int(top.indices[k, i])), "cosine": float(top.values[k, i]),
+                          "says": says[k], "share": share[k]} for k in range(fed.shape[1]) for i in range(near)])
+
+
+def would_say(policy, step: Step, fed: torch.Tensor) -> tuple:
+    "The token that the decoder is likeliest to say behind each slot, for most problems, and for how large a share of them."
+    cache = policy.asked((step.prompts or policy.encode(step.items)).take(step.group))
+    logits = policy.logits(policy.feed(twin(cache), fed))
+    logits[..., list(policy.banned)] = float("-inf")
+    most = logits.argmax(-1).mode(0).values                  # (K,)
+    return [policy.piece(int(t)) for t in most], (logits.argmax(-1) == most).float().mean(0).tolist()
 
 
 def draw_words(table: pd.DataFrame) -> Drawing:
     by = lambda what: table.pivot(index="slot", columns="near", values=what).values.tolist()
-    sizes = table.groupby("slot")["norm"].first()
-    return cells_svg(by("cosine"), [f"slot {k}, length {n:.2f}" for k, n in sizes.items()], ["nearest", *(f"{k}." for k in range(2, 1 + len(by("word")[0])))], by("word"),
+    says = lambda r: f", says {visible(r['says'])} ({r['share']:.0%})" if "says" in r else ""      # earlier versions did not ask
+    return cells_svg(by("cosine"), [f"slot {k}, length {r['norm']:.2f}{says(r)}" for k, r in table.groupby("slot").first().iterrows()], ["nearest", *(f"{k}." for k in range(2, 1 + len(by("word")[0])))], by("word"),
                      title="Words nearest to what is fed", kind="diverging", low=-1, high=1)
 
 
 words = Probe("latent-words", "how large are latents, and which words are they near?", "policy", measure_words, draw_words,
-              {"slot": "number", "norm": "length of what is fed over that of an embedding", "near": "rank", "word": "token", "cosine": "with its embedding"},
-              "A length far above 1: the slot shouts. Near words are a way of reading, not a meaning.", needs=LATENT)
+              {"slot": "number", "norm": "length of what is fed over that of an embedding", "near": "rank", "word": "token", "cosine": "with its embedding",
+               "says": "token that the decoder is likeliest to say behind the slot, for most problems", "share": "of problems for which it is"},
+              "A length far above 1: the slot shouts. Near words, and what would be said between slots, are ways of reading, not a meaning; only behind the last slot is speaking trained.", needs=LATENT,
+              cost="one pass over the questions")
 
 # %% ../../nbs/latent/07_stability.ipynb #c022
 def measure_noise(scene: Scene, heats=(0.0, .5, 1.0, 2.0, 4.0), most: int = 60) -> pd.DataFrame:

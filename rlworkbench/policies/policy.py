@@ -104,6 +104,10 @@ class Policy:
     def train(self, mode: bool = True):
         "Dropout on or off."
 
+    def within(self, step) -> "Policy":
+        "The policy as it reads and writes the replies of a Step; another one where more than the tokens so far decides, as thoughts of their own do."
+        return self
+
 # %% ../../nbs/policies/00_policy.ipynb #c007
 @dataclass(frozen=True)
 class PolicySpec:

@@ -16,6 +16,7 @@ from ..core.seeds import generator
 from ..core.trace import Trace
 from ..policies.policy import Policy
 from ..rollouts.sampling import Sampling, pick, shape_logits
+from .strategy import WATCHING
 
 # %% ../../nbs/reasoning/01_drafts.ipynb #c005
 def chances(
@@ -56,7 +57,7 @@ class Reader:
     "A policy that has read some questions: each prompt is run once, and any number of replies begin there."
 
     def __init__(self, policy: Policy, items: list, image: str = "own"):
-        self.policy, self.prompts = policy, policy.encode(items, image)
+        self.policy, self.prompts, self.names = policy, policy.encode(items, image), [i.id for i in items]
         self.cache = None if policy.apart else policy.prefill(self.prompts)
 
     def begin(self,
@@ -127,6 +128,7 @@ def decode(
     forced = torch.tensor([[*g, *[0] * (longest - len(g))][:longest] for g in given], dtype=torch.long).reshape(len(rows), longest)
     stands = [r.begin(torch.tensor(rows), forced[:, :shared], longest) for r in readers]
     state, columns, bans = torch.where(limit > begun, 0, ENDS.index("room")), [], (*policy.banned, *law.banned)
+    watch = WATCHING.get() and WATCHING.get().begin(policy, [readers[0].names[r] for r in rows], given, len(readers))
     for t in range(shared, longest):
         logits = [shape_logits(r.policy.logits(hidden), 1.0, bans) for r, (_, hidden) in zip(readers, stands)]
         p = probabilities(mix(*logits) if mix else logits[0], law)
@@ -135,6 +137,8 @@ def decode(
         token = torch.where(free, p.argmax(-1) if law.temperature == 0 else pick(p, chance[:, t:t + 1]), forced[:, t])
         wrote = free & (state == 0)
         columns.append((token, wrote, p.gather(-1, token[:, None])[:, 0].log(), entropy, free & (state == ENDS.index("pause"))))
+        if watch:
+            watch(*columns[-1][:4])
         state = ended(state, wrote, token, limit == t + 1, policy.eos, stop)
         if bool((state > 0).all()) or t + 1 == longest:
             break

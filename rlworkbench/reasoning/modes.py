@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'auto', 'fast', 'slow', 'mixture_of_thought', 'indirect', 'critique', 'in_ways', 'answer_in_mode', 'majority',
-           'answer_in_all_modes', 'assignments', 'answer_indirectly', 'struck_out', 'concluded', 'steps_of', 'judge',
-           'answer_criticised', 'given_up']
+           'answer_in_all_modes', 'assignments', 'answer_indirectly', 'struck_out', 'concluded', 'judge',
+           'answer_criticised']
 
 # %% ../../nbs/reasoning/11_modes.ipynb #c002
 import re
-from dataclasses import replace
 from itertools import product
 
 from ..policies.policy import Policy
@@ -17,7 +16,7 @@ from ..rollouts.sampling import Sampling
 from .drafts import Reader, Reply, chances, decode, spoken
 from .parallel import LONGEST, gathered, read_answer
 from .routing import MODES, in_mode
-from .sequential import BREAKS, cut_off
+from .sequential import BREAKS, given_up, steps_of
 from .strategy import Strategy
 
 # %% ../../nbs/reasoning/11_modes.ipynb #c005
@@ -123,20 +122,6 @@ def concluded(policy, item, direct, tried, left):
 indirect = Strategy("indirect", answer_indirectly, "every assumption tried, those that clash struck out", "arXiv:2402.03667")
 
 # %% ../../nbs/reasoning/11_modes.ipynb #c019
-def steps_of(pieces: list) -> list:
-    "(begin, end) of each step of a chain in tokens, without the mark that ends it."
-    if "<think>" not in pieces:
-        return []
-    begin, out = pieces.index("<think>") + 1, []
-    for k in range(begin, len(pieces)):
-        if pieces[k] in BREAKS:
-            out += [(begin, k)] if k > begin else []
-            begin = k + 1
-        if pieces[k] == "</think>":
-            break
-    return out
-
-
 def judge(policy: Policy, reader: Reader, items: list, replies: dict, since: dict, budget: int) -> dict:
     "{question: first token of the first step, from `since` on, that comes out otherwise when done over, or None}; who can't pay for it is left out."
     plan = {}
@@ -177,15 +162,6 @@ def answer_criticised(policy, items, budget, *, task, seed, temperature=1.0, rou
         for k in live:
             replies[k] = given_up(policy, items[k], replies[k], faults[k], n + 1)
     return [r.trace(policy, i, meta={"verdicts": v}) for r, i, v in zip(replies, items, verdicts)]
-
-
-def given_up(policy, item, reply, at: int, n: int) -> Reply:
-    "What stands before the fault; the rest becomes a branch, and what judged the rest hangs on it."
-    left = cut_off(policy, item, reply, at, n)
-    *beside, tail = left.branches
-    tail.branches = [replace(b, at=b.at - at) for b in beside if b.at > at]
-    left.branches = [b for b in beside if b.at <= at] + [tail]
-    return left
 
 
 critique = Strategy("critique", answer_criticised, "drawn, judged by the policy itself, drawn again from the step at fault on", "arXiv:2510.24320")

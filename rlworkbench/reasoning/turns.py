@@ -15,9 +15,8 @@ from ..core.seeds import generator
 from ..policies.policy import Policy
 from ..rollouts.sampling import Sampling
 from .drafts import Reader, Reply, chances, decode, spoken
-from .modes import given_up, steps_of
 from .parallel import LONGEST
-from .sequential import fault
+from .sequential import fault, given_up, steps_of
 from .strategy import Strategy
 
 # %% ../../nbs/reasoning/12_turns.ipynb #c005

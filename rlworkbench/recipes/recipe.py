@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import pandas as pd
 
 from ..rollouts.parts import task_score
-from .slots import Group, as_is, clipped, everything, group_zscore, label, none, ones, per_sequence
+from .slots import Group, as_is, as_written, clipped, everything, group_zscore, label, none, ones, per_sequence
 from .slots import score_replies, shuffled, token_mean, token_ratio, total
 
 # %% ../../nbs/recipes/01_recipe.ipynb #c004
@@ -89,6 +89,7 @@ class Lesson(Method):
     name: str
     paper: str = ""
     order: object = shuffled
+    told: object = as_written              # (Step) -> P texts that are imitated
     forward: object = score_replies        # teacher forcing
     terms: tuple = ()
     gradient: object = as_is

@@ -10,7 +10,7 @@ import torch
 
 from ..core.step import ORIGINS, SEGMENTS, Step, segment_tokens
 from ..policies.policy import Policy
-from .sampling import Sampling, draw, read_logits, shape_logits
+from .sampling import Sampling, draw, shape_logits, token_stats
 
 # %% ../../nbs/rollouts/01_sampler.ipynb #c004
 def temperatures(
@@ -49,7 +49,7 @@ def sample(
         token = draw(logits, sampling, step.generator)
         if given is not None and t < given.shape[1]:
             token = torch.where(given[:, t] >= 0, given[:, t], token)
-        logp, entropy, collision = read_logits(logits, token)
+        logp, entropy, collision = token_stats(torch.nn.Identity(), logits, token, vocabulary=logits.shape[-1])
         columns.append((token.masked_fill(done, policy.pad), ~done, logp, entropy, collision))
         done = done | (token == policy.eos)
         if sampling.segments:

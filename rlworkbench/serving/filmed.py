@@ -25,6 +25,7 @@ from ..core.registry import recipes, tasks
 from ..latent.amvl import amvl, climb, terms, with_slots
 from ..latent.policy import LatentPolicy
 from ..latent.saving import load_latent
+from ..latent.softcot import softly
 from ..policies.lora import add_lora
 from ..policies.tiny import load_tiny
 from ..training.choices import new_trainer
@@ -91,10 +92,10 @@ def shipped_policy(folder=None) -> LatentPolicy:
 
 # %% ../../nbs/serving/36_filmed.ipynb #c007
 def thinks(places: Places, name: str) -> bool:
-    "Was a run trained on latents? By its config, without opening any weights."
+    "Was a run trained on latents with a prior and a posterior? By its config, without opening any weights."
     try:
         config = read_config(places.folder(name) / "config.json")
-        return "latent:" in config.policy or any(hasattr(s, "around") for s in recipes.get(config.recipe).slots().values())
+        return "latent:" in config.policy or any(hasattr(s, "around") and not isinstance(s, softly) for s in recipes.get(config.recipe).slots().values())
     except (ValueError, OSError):
         return False
 
@@ -103,7 +104,9 @@ def checkpoints_of(places: Places, name: str) -> tuple:   # Run, folders of chec
     "The checkpoints of a latent run. Raises ValueError in one sentence for a run that has no latents, or none yet."
     run = places.open(name)
     if not thinks(places, name):
-        raise ValueError(f"{shown(name)} has no latents: it was trained by {run.config.recipe}; rlworkbench train --recipe amvl makes a run that has")
+        fed = any(isinstance(s, softly) for s in recipes.get(run.config.recipe).slots().values())
+        what = "thoughts of an assistant, which have no posterior to be seen beside them" if fed else "no latents"
+        raise ValueError(f"{shown(name)} has {what}: it was trained by {run.config.recipe}; rlworkbench train --recipe amvl makes a run that has")
     found = run.checkpoints()
     if not found:
         raise ValueError(f"{shown(name)} has no checkpoint yet, and its latents are looked at in checkpoints")

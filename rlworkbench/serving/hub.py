@@ -123,7 +123,7 @@ def thumbnail(path: str, run: Run) -> str:
     if path == "lab" and (latent := shipped().parent / "recorded-latent" / "moments.json").is_file():
         seen = read_json(latent)
         return curves_svg({side: [m[f"right/{what}"] for m in seen["numbers"]] for side, what in (("prior", "prior mean"), ("posterior", "posterior"))}, seen["steps"], width=330, height=150,
-                          colours={"prior": "amount", "posterior": "positive"})
+                          colours={"prior": "amount", "posterior": "answer"})
     if not run.steps():
         return ""
     tokens = run.tokens(run.steps()[-1 if path == "inspector" else 0])

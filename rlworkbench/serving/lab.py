@@ -161,7 +161,7 @@ def answer_html(found: Answer, right: str) -> str:
     "The decoded answer, and all answers as bars."
     verdict = "✓ right" if found.right else "✗ wrong"
     whose = f" It thinks the thought of problem {found.other}." if found.other >= 0 else ""
-    return (f'<div class="rlw rlw-answer"><p>It says <code dir="auto">{plain(shorten(visible(found.text), 80))}</code> <b class="{"positive" if found.right else "negative"}">{verdict}</b>.{whose}</p>'
+    return (f'<div class="rlw rlw-answer"><p>It says <code dir="auto">{plain(shorten(visible(found.text), 80))}</code> <b class="{"right" if found.right else "wrong"}">{verdict}</b>.{whose}</p>'
             f'{bars_html(found, right)}<p class="rlw-small">Bars: how likely each whole answer is. The thin mark: behind the prior’s mean, unmoved.</p></div>')
 
 
@@ -182,7 +182,7 @@ def walk_html(places: list, curves: dict, view: LabView, right: str) -> str:
     best = [a for a in sorted(curves, key=lambda a: -max(curves[a]))[:5] if max(curves[a]) >= .02]
     best = [a for a in curves if a in best or a == right]
     named = {a + " ✓" * (a == right): curves[a] for a in best}
-    drawn = curves_svg(named, places, f"Answers along direction {view.axis + 1} of slot {view.slot}", "standard deviations of the prior’s samples", "how likely", marks={view.at: "here"}, colours={right + " ✓": "positive"}, height=300)
+    drawn = curves_svg(named, places, f"Answers along direction {view.axis + 1} of slot {view.slot}", "standard deviations of the prior’s samples", "how likely", marks={view.at: "here"}, colours={right + " ✓": "answer"}, height=300)
     return f'<div class="rlw"><div class="rlw-scroll">{drawn}</div><p class="rlw-small">Flat lines: this direction of this slot is not listened to.</p></div>'
 
 

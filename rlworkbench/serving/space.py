@@ -50,9 +50,9 @@ def mark(side: str, k: int, x: float, y: float, answer: str, chosen: bool) -> st
     if side == "prior":
         shape = f'<circle r="{5 if chosen else 3.4}" {paint("amount")}/>'
     elif len(answer) <= 2:
-        shape = f'<text y="4.5" text-anchor="middle" font-size="{17 if chosen else 13}" font-weight="{700 if chosen else 500}" {paint("positive")}>{plain(answer)}</text>'
+        shape = f'<text y="4.5" text-anchor="middle" font-size="{17 if chosen else 13}" font-weight="{700 if chosen else 500}" {paint("answer")}>{plain(answer)}</text>'
     else:
-        shape = f'<circle r="{6 if chosen else 4}" stroke-width="1.8" {paint("paper", "positive")}/>'
+        shape = f'<circle r="{6 if chosen else 4}" stroke-width="1.8" {paint("paper", "answer")}/>'
     return f'<g data-move="{side}{k}" data-x="{x:.1f}" data-y="{y:.1f}" transform="translate({x:.1f} {y:.1f})">{shape}</g>'
 
 
@@ -72,7 +72,7 @@ def clouds_svg(
     flat, answers = plane(moments), [i.answer for i in moments.problems()]
     frame = frame_of(torch.cat([x.flatten(0, 1) for x in flat.at.values()]), width, height)
     p, q = (flat.at[side][at].tolist() for side in SIDES)
-    ways = [trail(flat.at[side][:at + 1, chosen], frame, key) for side, key in (("prior", "amount"), ("posterior", "positive"))] if chosen is not None else []
+    ways = [trail(flat.at[side][:at + 1, chosen], frame, key) for side, key in (("prior", "amount"), ("posterior", "answer"))] if chosen is not None else []
     shapes = []
     for k in sorted(range(len(answers)), key=lambda k: k == chosen):
         (ax, ay), (bx, by) = ((frame.across(x), frame.down(y)) for x, y in (p[k], q[k]))
@@ -154,9 +154,9 @@ def trend_svg(
 def trends(moments: Moments, at: int) -> str:
     "Do prior and posterior come together, what do they answer, what is smuggled, and does the prior come to rest?"
     of = lambda *names: {short: [m[name] for m in moments.numbers] for short, name in names}
-    drawn = [trend_svg(of(("q‖p", "kl(q|p)"), ("p‖q", "kl(p|q)")), moments.steps, at, "Divergence, nats a slot", {"q‖p": "positive", "p‖q": "amount"}, True),
-             trend_svg(of(("prior", "right/prior mean"), ("draw", "right/prior sample"), ("posterior", "right/posterior")), moments.steps, at, "Right answers", {"prior": "amount", "draw": "neutral", "posterior": "positive"}),
-             trend_svg(of(("read off", "leakage"), ("chance", "chance")), moments.steps, at, "Answer read off the posterior", {"read off": "positive", "chance": "soft"}),
+    drawn = [trend_svg(of(("q‖p", "kl(q|p)"), ("p‖q", "kl(p|q)")), moments.steps, at, "Divergence, nats a slot", {"q‖p": "answer", "p‖q": "amount"}, True),
+             trend_svg(of(("prior", "right/prior mean"), ("draw", "right/prior sample"), ("posterior", "right/posterior")), moments.steps, at, "Right answers", {"prior": "amount", "draw": "neutral", "posterior": "answer"}),
+             trend_svg(of(("read off", "leakage"), ("chance", "chance")), moments.steps, at, "Answer read off the posterior", {"read off": "answer", "chance": "soft"}),
              trend_svg({"moved": moments.path()}, moments.steps, at, "How far the prior moved", {"moved": "amount"})]
     says = ("Together they fall: both sides agree. Both at zero from the start: the latents are empty.", "The posterior has seen the answer; what it has above the prior is never there at test time.",
             "Above chance: the posterior holds what the prior can never know.", "Since the look before. A curve that does not come to rest is a space that does not.")

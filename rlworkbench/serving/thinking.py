@@ -16,6 +16,7 @@ from ..diagnostics.probe import as_it_was
 from ..policies.experts import EXPERTS
 from ..policies.micro import MICROS, built_folder
 from ..reasoning.strategy import prepared, reason_to_refuse, refused
+from ..reasoning.streaming import streamed
 from .answers import Answer, Asking, Recorded, read_recorded, shipped_answers
 from .asking import Model, model_of
 from .places import Places
@@ -84,8 +85,8 @@ def problem_of(view: Asking) -> Item:
         raise ValueError(f"the problems of {view.task} can't be made here: {type(e).__name__}: {str(e)[:120]}") from None
 
 # %% ../../nbs/serving/41_thinking.ipynb #c007
-def think(model: Model, view: Asking, name: str) -> Answer:
-    "Ask in one way. Whatever goes wrong is an outcome of the trace."
+def think(model: Model, view: Asking, name: str, watch=None) -> Answer:
+    "Ask in one way; `watch` is told of every token. Whatever goes wrong is an outcome of the trace."
     task, item, strategy, policy = tasks.get(view.task), problem_of(view), strategies.get(name), model.policy
     start = time.process_time()
     try:
@@ -93,7 +94,7 @@ def think(model: Model, view: Asking, name: str) -> Answer:
             strategy = model.once(("ready", name, view.task, view.seed), lambda: prepared(strategies.get(name), policy, task, view.seed))
         ready = time.process_time()
         with as_it_was(policy):
-            trace = refused(item, strategy) if isinstance(strategy, str) else strategy(policy, [item], view.budget, task=task, rng=view.seed)[0]
+            trace = refused(item, strategy) if isinstance(strategy, str) else strategy(policy, [item], view.budget, task=task, rng=view.seed, watch=watch)[0]
         return Answer(trace, time.process_time() - ready, ready - start)
     except (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, ImportError) as e:
         return Answer(refused(item, f"{e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'}".splitlines()[0][:300]), time.process_time() - start)
@@ -109,14 +110,19 @@ def live(
     desk: Thinking,
     view: Asking,
     again: bool=False,   # also what is recorded, to see what it costs here
+    every: float=.4,     # seconds between two looks at what is being written
 ):
-    "Ask what is not known yet, one strategy after another: yields (the one that is thinking, what is wrong), at the end two empty texts."
+    "Ask what is not known yet, one strategy after another: yields (the one that is thinking, what is wrong, what it has written so far or None), at the end two empty texts."
     wanted = [n for n in untimed(desk, view) if again or desk.answer(view, n) is None]
     try:
         model = model_of(desk.places, view.asked) if wanted else None
         for name in wanted:
-            yield name, ""
-            desk.remember(view, name, think(model, view, name))
-        yield "", ""
+            yield name, "", None
+            for found in streamed(lambda watch: think(model, view, name, watch), [problem_of(view)], every):
+                if isinstance(found, Answer):
+                    desk.remember(view, name, found)
+                elif found[0].spent:
+                    yield name, "", found[0]
+        yield "", "", None
     except (ValueError, OSError, ImportError) as e:
-        yield "", str(e)
+        yield "", str(e), None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'MOST', 'WORDS', 'question_html', 'how', 'votes_html', 'said', 'strip_html', 'tail', 'attempt_html',
-           'tries_html', 'price_html', 'outcome_html', 'card_html', 'legend_of', 'cards_html', 'curve_html', 'screen']
+           'tries_html', 'price_html', 'outcome_html', 'writing_html', 'card_html', 'legend_of', 'cards_html',
+           'curve_html', 'screen']
 
 # %% ../../nbs/serving/42_tries.ipynb #c002
 import re
@@ -57,6 +58,12 @@ def how(trace: Trace) -> str:
         return f"{many(n, 'time')} the task's feedback complained, and it was drawn again." if n else "The task's feedback had nothing against the first reply."
     if m.get("routed"):
         return f"The brief answer's perplexity is {number(m['perplexity'])}: " + ("it was kept." if m["routed"] == "brief" else "not to be trusted, so it thought.")
+    if "verdicts in a row" in m:
+        return f"{many(m['rewritten'], 'time')} it found a fault itself and drew again from there; then {many(m['verdicts in a row'], 'verdict')} without complaint."
+    if "turns" in m:
+        return f"Looked again at parts of the picture, {many(m['turns'], 'turn')}; written again {many(m['rewritten'], 'time')}."
+    if "content" in m:
+        return f"Chosen from {m['replies']}, of which it had nothing against {m['content']}."
     if "rewritten" in m:
         return f"{many(m['rewritten'], 'token')} rewritten by the gradient of a learned reward."
     if "alpha" in m:
@@ -149,14 +156,21 @@ def outcome_html(trace: Trace) -> str:
     return f'<p class="rlw-result">{answer} <b>{verdict}</b>{cut}</p>'
 
 
-def card_html(name: str, view: Asking, answer: Answer=None, state: str="", gold: str="") -> str:
-    "One strategy. `state`: thinking, waiting, or empty: it was not asked."
+def writing_html(so_far: Trace, colour: str) -> str:
+    "What is being written, and how much was paid until now."
+    n = len(so_far.branches)
+    beside = f", {n} other attempt{'s' * (n != 1)}" if n else ""
+    return f'<p class="rlw-leaf"><b>Thinking …</b> <span>{so_far.spent:,} tokens so far{beside}</span></p>{strip_html(so_far, colour, "the reply as far as it has come")}'
+
+
+def card_html(name: str, view: Asking, answer: Answer=None, state: str="", gold: str="", so_far: Trace=None) -> str:
+    "One strategy. `state`: thinking, waiting, or empty: it was not asked. `so_far`: what it has written."
     s = strategies.get(name)
     badge = '<span class="rlw-verdict">oracle</span>' if s.oracle else '<span class="rlw-verdict">needs a picture</span>' if s.looks else ""
     head = f'<header><h3>{plain(name)}</h3>{badge}</header><p class="rlw-doc">{plain(sentence(s.doc))}</p>'
     if answer is None:
         words = {"thinking": "Thinking …", "waiting": "Its turn comes next."}.get(state, "Not asked yet.")
-        body = f'<div class="rlw-empty rlw-rest" data-state="{state or "idle"}">{words}</div>'
+        body = writing_html(so_far, view.colour) if so_far else f'<div class="rlw-empty rlw-rest" data-state="{state or "idle"}">{words}</div>'
     elif answer.trace.outcome.startswith("refused"):
         body = f'<div class="rlw-note rlw-rest">{plain(sentence(answer.trace.outcome))}</div>'
     else:
@@ -164,7 +178,7 @@ def card_html(name: str, view: Asking, answer: Answer=None, state: str="", gold:
         body = f"{outcome_html(answer.trace)}{price_html(answer, view)}<div>{told_how}{votes_html(answer.trace, gold)}</div><div>{tries_html(answer.trace, view.colour)}</div>"
     return f'<article class="rlw-way" data-way="{plain(name)}" aria-label="{plain(name)}">{head}{body}</article>'
 
-
+# %% ../../nbs/serving/42_tries.ipynb #c015
 def legend_of(colour: str) -> str:
     "What the colours of all strips mean."
     column = column_named(colour)
@@ -175,8 +189,8 @@ def legend_of(colour: str) -> str:
     return f'<div class="rlw rlw-legend"><span>Tokens are shaded by {plain(column.label)}: {plain(column.says)}.</span>{legend_html(sample)}</div>'
 
 
-def cards_html(desk: Thinking, view: Asking, thinking: str="") -> str:
-    "All strategies of a view; `thinking`: the one that is being asked now."
+def cards_html(desk: Thinking, view: Asking, thinking: str="", so_far: Trace=None) -> str:
+    "All strategies of a view; `thinking`: the one that is being asked now, `so_far`: what it has written."
     if not view.names:
         return told("empty", "Choose one to six strategies.")
     try:
@@ -185,10 +199,10 @@ def cards_html(desk: Thinking, view: Asking, thinking: str="") -> str:
         gold = ""
     found, at = {n: desk.answer(view, n) for n in view.names}, view.names.index(thinking) if thinking in view.names else -1
     state = lambda k: "" if at < 0 else "thinking" if k == at else "waiting" if k > at else ""
-    cards = "".join(card_html(n, view, found[n], state(k), gold) for k, n in enumerate(view.names))
+    cards = "".join(card_html(n, view, None if so_far and k == at else found[n], state(k), gold, so_far if k == at else None) for k, n in enumerate(view.names))
     return f'<div class="rlw rlw-sides" data-n="{len(view.names)}">{cards}</div>'
 
-# %% ../../nbs/serving/42_tries.ipynb #c017
+# %% ../../nbs/serving/42_tries.ipynb #c018
 def curve_html(desk: Thinking, view: Asking) -> str:
     "The chosen strategies on a hundred problems of the recorded task, where they are recorded; empty for another task or policy."
     kept = desk.recorded
@@ -205,8 +219,8 @@ def curve_html(desk: Thinking, view: Asking) -> str:
             f'<p class="rlw-soft">The same strategies at budgets of {", ".join(map(str, points))} tokens. Each point is off by up to {100 * half:.0f} points either way (95 %).{plain(gone)} '
             f'<code>rlworkbench eval {plain(view.asked)} --task {plain(view.task)} --strategy {plain(",".join(view.names))} --budgets {",".join(map(str, points))}</code></p></section>')
 
-# %% ../../nbs/serving/42_tries.ipynb #c020
-def screen(desk: Thinking, view: Asking, thinking: str="", wrong: str="") -> tuple:   # view, what is wrong, question, legend, cards, curve
+# %% ../../nbs/serving/42_tries.ipynb #c021
+def screen(desk: Thinking, view: Asking, thinking: str="", wrong: str="", so_far: Trace=None) -> tuple:   # view, what is wrong, question, legend, cards, curve
     "What is on the page, as far as it is known. What is wrong becomes sentences."
     view, says = mended(view)
     says = [desk.fault] * bool(desk.fault) + says + [wrong] * bool(wrong)
@@ -214,4 +228,4 @@ def screen(desk: Thinking, view: Asking, thinking: str="", wrong: str="") -> tup
         question = question_html(desk.item(view), view)
     except ValueError as e:
         question, says = told("empty", "There is no such problem."), says + [str(e)] * (str(e) not in says)
-    return view, told("error", "\n".join(map(sentence, says))), question, legend_of(view.colour), cards_html(desk, view, thinking), curve_html(desk, view)
+    return view, told("error", "\n".join(map(sentence, says))), question, legend_of(view.colour), cards_html(desk, view, thinking, so_far), curve_html(desk, view)

@@ -18,6 +18,7 @@ from ..core.files import atomic_folder, write_text
 from ..policies.experts import EXPERTS, Expert
 from ..policies.hugging import HuggingPolicy
 from ..policies.micro import MICROS, Micro, built_folder, load_built, random_micro
+from ..policies.minilm import build_minilm
 from ..policies.smollm2 import build_smollm2
 from ..policies.tiny import load_tiny
 from ..recipes.grpo import grpo
@@ -86,7 +87,8 @@ def builders() -> dict:
     def micro(name):
         return lambda folder, steps, watch: build_micro(name, folder, steps, watch=watch)
     return {"tiny": (lambda folder, steps, watch: build_tiny(folder, steps, watch=watch), 800, "digits-sum"),
-            "smollm2": (lambda folder, steps, watch: build_smollm2(folder), None, "")
+            "smollm2": (lambda folder, steps, watch: build_smollm2(folder), None, ""),
+            "minilm": (lambda folder, steps, watch: build_minilm(folder), None, "")
             } | {m.name: (micro(m.name), m.steps, m.task.name) for m in VARIANTS.values()}
 
 # %% ../../nbs/training/12_beds.ipynb #c013

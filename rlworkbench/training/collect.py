@@ -108,7 +108,7 @@ def fetch(trainer):
     "The phase of a Lesson before its update: problems and their given replies."
     step = begin(trainer)
     with trainer.phase("fetch", step):
-        given, own = demonstrations(trainer.policy, step.items), ("metrics", "clock", "size", "seed", "drawn", "memory", "task", "generator")
+        given, own = demonstrations(trainer.policy, step.items, texts=trainer.recipe.told(step)), ("metrics", "clock", "size", "seed", "drawn", "memory", "task", "generator")
         vars(step).update({name: value for name, value in vars(given).items() if name not in own})
     yield step
     return step

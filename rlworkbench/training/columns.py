@@ -15,6 +15,7 @@ RECORDED_BY = {   # what makes a run hold a column that it does not hold by itse
     "collision": "a run made by this version", "hidden": "a live trainer; states are not written down", "latent": "a policy that thinks in latent slots", "looking/": "rlworkbench train --watch looking",
     "states/drift": "rlworkbench train --watch film (or geometry)", "states/": "rlworkbench train --watch geometry",
     "latent/": "rlworkbench train --watch latents, for a policy that thinks in latent slots",
+    "battery/": "rlworkbench train --watch battery",
 }
 
 

@@ -86,8 +86,8 @@ def answers(
     for at in range(0, len(items), batch):
         some = list(items[at:at + batch])
         step = Step(items=some, group=torch.arange(len(some)).repeat_interleave(group), prompts=policy.encode(some), law=sampling,
-                    generator=generator(seed, "evaluate", at))
-        sample(policy, step, sampling)
+                    generator=generator(seed, "evaluate", at), seed=seed)
+        sample(policy.within(step), step, sampling)
         out.append(step)
     return out
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['group_health', 'reply_health', 'mark_clipped', 'first_health', 'update_health', 'StopRun', 'EntropyAlarm', 'KLAlarm',
-           'report', 'WatcherSpec', 'attach']
+           'report', 'WatcherSpec', 'attach', 'heard']
 
 # %% ../../nbs/training/01_health.ipynb #c002
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -150,3 +151,19 @@ def attach(
     for name in dict.fromkeys(n.strip() for n in (names or "").split(",") if n.strip()):
         made = watchers.get(name).make(trainer)
         trainer.watchers.append(made)
+
+# %% ../../nbs/training/01_health.ipynb #c019
+@contextmanager
+def heard(
+    run,       # its folder, opened
+    trainer,   # its watchers
+):
+    "Watchers that follow a run's folder: told when it is opened, of each step that has been written, and in the end."
+    follow = [w for w in trainer.watchers if hasattr(w, "logged")]
+    for w in follow:
+        w.opened(run)
+    try:
+        yield lambda step: [w.logged(step) for w in follow]
+    finally:
+        for w in follow:
+            w.closed()

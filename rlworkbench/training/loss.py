@@ -22,7 +22,7 @@ from .health import mark_clipped
 
 # %% ../../nbs/training/02_loss.ipynb #c005
 SUPPLIED = {"group", "ref", "entropy", "hidden", "demos", "target", "ema", "validation"}   # what this trainer can supply
-ASKED = ("steps", "route")                                                          # what only a task can
+ASKED = {**dict.fromkeys(("steps", "route"), "verbose-sum, route-sum and the other beds do"), "boxes": "scenes-boxes does"}   # what only a task can, and one that does
 
 
 def check_needs(recipe, task: Task):
@@ -34,7 +34,7 @@ def check_needs(recipe, task: Task):
                 continue
             if n in ASKED:
                 raise ValueError(f"recipe {recipe.name!r}: the slot {name} = {label(s)} needs a task with a method {n}(item, text), "
-                                 f"which {task.name!r} does not have; verbose-sum, route-sum and the other beds do")
+                                 f"which {task.name!r} does not have; {ASKED[n]}")
             raise ValueError(f"recipe {recipe.name!r}: the slot {name} = {label(s)} needs {n!r}, which this trainer can't supply")
 
 
