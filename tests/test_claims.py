@@ -325,5 +325,6 @@ def test_a_published_result_is_of_the_claim_as_it_stands(file):
         if isinstance(arm, Asked):
             assert result["arms"][name] == arm.told()
             continue
-        assert result["arms"][name]["recipe"] == work.show(arm.method())["is"].to_dict()
+        said, slots = result["arms"][name]["recipe"], work.show(arm.method())["is"].to_dict()
+        assert said == {k: v for k, v in slots.items() if k in said or (k, v) != ("told", "as_written")}      # a slot of lessons that came later
         assert Config(**result["arms"][name]["config"]) == arm.config      # what a result does not say yet is at its default

@@ -251,7 +251,7 @@ def test_watchers_write_into_the_log_and_change_nothing(recorded, tmp_path):
     assert same_log(whole, resume(watched.folder).metrics), "a resumed run goes on recording, against the same first frame"
 
 
-@pytest.mark.parametrize("watch, says", [("lookin", "did you mean looking"), ("nothing at all", "known: film, geometry, latents, looking")])
+@pytest.mark.parametrize("watch, says", [("lookin", "did you mean looking"), ("nothing at all", "known: battery, battery:, film, geometry, latents, looking, trackio")])
 def test_an_unknown_watcher_is_refused_before_anything_is_written(watch, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         train(replace(LAW, watch=watch), tmp_path / "run")
