@@ -76,6 +76,7 @@ def test_the_job_of_a_killed_worker_is_taken_up_again(cluster, tmp_path):
     assert timeless(found) == timeless(reproduce(toy, seeds=3, folder=tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_each_worker_is_named_and_the_next_call_goes_on(cluster, tmp_path):
     (tmp_path / "kill").touch()
     toy, seen = claim(Measure(tmp_path / "kill", always=True)), []
@@ -155,6 +156,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_command_starts_a_cluster_and_leaves_it(tmp_path):
     """From the command line, with a worker that is killed; the last line is the result. Ray says in a line of its own that a worker died."""
     (tmp_path / "kill").touch()

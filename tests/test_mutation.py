@@ -54,7 +54,7 @@ MUTANTS = (   # file, what stands there (exactly once), what is put in its place
     ("training/loss.py", "batch.whole = replace(detached(batch), whole=None)", "batch.whole = None"),
     ("training/loss.py", "plain.weight = checked(recipe.weight(plain)", "plain.weight = checked(0 * recipe.weight(plain) + 1"),
     ("training/loss.py", "part.surrogate + part.penalty)", "part.surrogate)"),
-    ("training/supply.py", "score(reference, step, step.law)", "score(policy, step, step.law)"),
+    ("training/supply.py", "score(reference.within(step), step, step.law)", "score(policy.within(step), step, step.law)"),
     ("training/collect.py", "kept.append(step if step.keep.all() else take(step, step.keep))", "kept.append(step)"),
     ("training/trainer.py", "torch.autograd.grad(loss, list", "torch.autograd.grad(-loss, list"),
     ("training/trainer.py", "min(1.0, self.clip / (float(norm) + 1e-6))", "1.0"),
