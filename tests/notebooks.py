@@ -33,7 +33,7 @@ def execute(notebook: Path) -> tuple:
 
 
 def main(paths) -> int:
-    notebooks = [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
+    notebooks = [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").rglob("*.ipynb"), reverse=True)      # the long ones, tutorials and reasoning, not last
     failed = 0
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")    # its processes begin with the large libraries loaded and nothing else
