@@ -8,6 +8,7 @@ import torch
 
 from rlworkbench.core.registry import recipes
 from rlworkbench.core.step import take
+from rlworkbench.policies.micro import built_folder
 from rlworkbench.policies.table import TablePolicy
 from rlworkbench.recipes.recipe import Recipe
 from rlworkbench.recipes.slots import Group, kl_penalty, label
@@ -15,6 +16,7 @@ from rlworkbench.rollouts.parts import from_function
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.tasks.bandit import Bandit
+from rlworkbench.training.job import resume, train
 from rlworkbench.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -42,6 +44,25 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no chromium on this machine"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
+
+
+@pytest.fixture(scope="session")
+def minilm_built():
+    "Skips where sentence embeddings have not been fetched; fails where they were to be."
+    if not (built_folder("minilm") / "making.json").is_file():
+        assert not os.environ.get("RLWB_REQUIRE_MINILM"), "minilm was to be built"
+        pytest.skip("minilm is not built: rlworkbench build minilm")
+
+
+def interrupted(config, tmp_path, after=3) -> list:
+    "The rows, without times, of a run that was never interrupted and of one that was, after so many steps, and then resumed."
+    def stop(run, step):
+        if step.clock[0] == after:
+            raise KeyboardInterrupt
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "killed", stop)
+    return [[{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/"))} for r in run.rows()] for run in (whole, resume(tmp_path / "killed"))]
 
 
 class Ending(TablePolicy):

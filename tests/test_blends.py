@@ -23,10 +23,9 @@ from rlworkbench.tasks.bandit import bandit
 from rlworkbench.tasks.boxes import frames, matched, read_boxes
 from rlworkbench.tasks.digits import digits_sum
 from rlworkbench.tasks.verbose import thought
-from rlworkbench.training.job import resume, train
 from rlworkbench.training.run import Config
 from rlworkbench.training.trainer import Trainer
-from tests.conftest import SPELL, ending, on_table
+from tests.conftest import SPELL, ending, interrupted, on_table
 
 THREE = Group(Sampling(max_tokens=bandit.length))
 ZERO = torch.zeros(8, dtype=torch.long)
@@ -92,15 +91,7 @@ def test_demonstrations_are_averaged_over_their_tokens():
 
 def test_a_share_survives_an_interruption(tmp_path):
     config = Config(recipe="amft", task="bandit", policy="table", steps=6, prompts=3, group=4, lr=.1, evaluate=0, checkpoint=2)
-
-    def stop(run, step):
-        if step.clock[0] == 3:
-            raise KeyboardInterrupt
-    whole = train(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "killed", stop)
-    killed = resume(tmp_path / "killed")
-    rows = [[{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/"))} for r in run.rows()] for run in (whole, killed)]
+    rows = interrupted(config, tmp_path)
     assert len(rows[0]) == 6 and rows[0] == rows[1] and rows[0][0]["amft/mu"] != .5
 
 

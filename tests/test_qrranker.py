@@ -124,13 +124,8 @@ def test_recall_by_hand():
     assert passage_scores(torch.ones(2, 3, 4)).tolist() == [6.] * 4
 
 
-def test_embeddings_find_the_needle():
-    pytest.importorskip("transformers")
-    try:
-        scores = embedded_scores([blind(i) for i in needles.items("test")[:20]])
-    except ValueError as e:
-        assert "rlworkbench build minilm" in str(e)
-        pytest.skip("minilm is not built: rlworkbench build minilm")
+def test_embeddings_find_the_needle(minilm_built):
+    scores = embedded_scores([blind(i) for i in needles.items("test")[:20]])
     assert sum(recall(scores, [i.meta["needles"] for i in needles.items("test")[:20]], 1)) >= 16
 
 

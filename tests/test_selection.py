@@ -44,13 +44,10 @@ def fits(name: str) -> tuple:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_selector_selects(name, tiny):
+def test_every_selector_selects(name, tiny, request):
     """Within its budget, with a score for all that it looked at, the same again with the same seed, and the policy untouched."""
     if name == "minilm":
-        pytest.importorskip("rlworkbench.policies.minilm")
-        from rlworkbench.policies.micro import built_folder
-        if not built_folder("minilm").is_dir():
-            pytest.skip("minilm has not been built")
+        request.getfixturevalue("minilm_built")
     pool, query, task = fits(name)
     selector = selectors.get(name)
     selector = selector.but(tag="max") if "tag" in selector.settings() else selector

@@ -16,10 +16,9 @@ from rlworkbench.recipes.slots import Group
 from rlworkbench.rollouts.attempts import ladder
 from rlworkbench.rollouts.sampling import Sampling
 from rlworkbench.tasks.bandit import Bandit, bandit
-from rlworkbench.training.job import resume, train
 from rlworkbench.training.run import Config
 from rlworkbench.training.trainer import Trainer
-from tests.conftest import on_table
+from tests.conftest import interrupted, on_table
 
 LAW = Group(Sampling(max_tokens=bandit.length))
 prepared = pytest.mark.parametrize("recipe", [observe_r1, rif], ids=lambda r: r.name)
@@ -90,15 +89,7 @@ def test_going_back_keeps_the_order(recipe):
 @prepared
 def test_killed_and_resumed_is_the_same_run(recipe, tmp_path):
     config = Config(recipe=recipe.name, task="bandit", policy="table", steps=6, prompts=2, group=4, lr=.1, evaluate=0, checkpoint=2)
-
-    def stop(run, step):
-        if step.clock[0] == 3:
-            raise KeyboardInterrupt
-    whole = train(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "killed", stop)
-    killed = resume(tmp_path / "killed")
-    rows = [[{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/"))} for r in run.rows()] for run in (whole, killed)]
+    rows = interrupted(config, tmp_path)
     assert len(rows[0]) == 6 and rows[0] == rows[1]
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trackio")
-
 from rlworkbench.cli.main import main
 from rlworkbench.core.config import Config
 from rlworkbench.training.job import train

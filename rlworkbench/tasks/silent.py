@@ -11,32 +11,17 @@ from functools import cache
 
 from ..core.registry import tasks
 from .digits import digits_sum
-from .task import Drawn, Task, TaskSource
+from .task import Around, Drawn, Task, TaskSource
 from .verbose import verbose_sum
 
 # %% ../../nbs/tasks/14_silent.ipynb #c004
 @dataclass(frozen=True)
-class Silent(Task):
+class Silent(Around):
     "The problems of another task, to be answered at once."
     max_tokens: int = 8
-    inner: Task = None
-
-    @property
-    def digest(self):
-        return self.inner.digest
-
-    @property
-    def splits(self):
-        return self.inner.splits
 
     def items(self, split="train"):
         return _silenced(self, split)
-
-    def answer(self, text):
-        return self.inner.answer(text)
-
-    def score(self, item, text):
-        return self.inner.score(item, text)
 
 
 @cache
