@@ -1,5 +1,6 @@
 """What several tests share: three policies, some problems, one thread, and `--slow`."""
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 
@@ -54,6 +55,38 @@ def minilm_built():
         pytest.skip("minilm is not built: rlworkbench build minilm")
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    "A real browser."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def window(chromium):
+    """A function: a page of its own, `window(url, forgiven, **how)`; `how` is what a browser context takes. What the page complains of, what answers with 400 or more, and what it asks
+    of any address but `url` is collected in `page.said` and must be nothing in the end; `forgiven` is a pattern of complaints that may be."""
+    pages = []
+
+    def opened(url: str = "", forgiven: str = "", **how):
+        page = chromium.new_context(**({"viewport": {"width": 1280, "height": 1000}} | how)).new_page()
+        page.said = []
+        say = lambda text: None if forgiven and re.search(forgiven, text) else page.said.append(text)
+        page.on("pageerror", lambda e: say(f"error: {e}"))
+        page.on("console", lambda m: say(f"console: {m.text} {m.location}") if m.type == "error" else None)
+        page.on("request", lambda r: say(f"asked: {r.url}") if not r.url.startswith(tuple(filter(None, (url, "data:", "blob:", "file:")))) else None)
+        page.on("response", lambda r: say(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        pages.append(page)
+        return page
+    yield opened
+    for page in pages:
+        page.context.close()
+    assert [page.said for page in pages if page.said] == []
+
+
 def interrupted(config, tmp_path, after=3) -> list:
     "The rows, without times, of a run that was never interrupted and of one that was, after so many steps, and then resumed."
     def stop(run, step):
@@ -63,6 +96,19 @@ def interrupted(config, tmp_path, after=3) -> list:
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "killed", stop)
     return [[{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/"))} for r in run.rows()] for run in (whole, resume(tmp_path / "killed"))]
+
+
+def breaks_off(policy, error, look, monkeypatch) -> list:
+    "Make the third step of a policy fail; what `look()` saw before each of the three."
+    step, seen = policy.step, []
+
+    def breaking(*args, **kw):
+        seen.append(look())
+        if len(seen) == 3:
+            raise error("in the middle")
+        return step(*args, **kw)
+    monkeypatch.setattr(policy, "step", breaking, raising=False)
+    return seen
 
 
 class Ending(TablePolicy):

@@ -15,7 +15,7 @@ import torch
 
 from rlworkbench.core.step import Step
 from rlworkbench.policies.policy import Policy
-from rlworkbench.serving.frame import free, served
+from rlworkbench.serving.frame import served
 from rlworkbench.serving.places import Places
 from rlworkbench.training.job import train
 from rlworkbench.training.run import Config
@@ -48,7 +48,7 @@ def running() -> Server:
     some_runs(folder / "runs")
     places = Places(folder / "runs")
     demo = studio(places)
-    url = served(demo, free(), wait=False)
+    url = served(demo, wait=False)
     atexit.register(demo.close, verbose=False)
     return Server(url, folder / "runs", places, demo)
 

@@ -55,7 +55,7 @@ def test_the_start_is_asked_before_the_first_step():
 
 
 @pytest.mark.parametrize(("watch", "said"), [("battery:n=0", "n must be a whole number, 1 or more"), ("battery:skills=kk", "can't be asked kk"), ("battery:skills=digit-read", "did you mean digits-read"),
-                                             ("battery:until=kk@1", "unknown skill 'kk'"), ("battery:until=digits-sum@much", "until wants TASK@SHARE"), ("battery:split=tset", "did you mean test")])
+                                             ("battery:until=kk@1", "unknown skill 'kk'"), ("battery:until=digits-sum@much", "until wants TASK@SHARE"), ("battery:until=text-sum@2", "a share above 0 and at most 1"), ("battery:until=text-sum@0", "a share above 0"), ("battery:split=tset", "did you mean test")])
 def test_bad_options(watch, said):
     with pytest.raises(ValueError) as e:
         new_trainer(Config(**LAW, recipe="sft", task="text-sum", group=1, watch=watch))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.__main__ import BENCHMARKS, file_of, main
-from tests.benchmarks.bars import BARS, Bar, number, ratio
+from tests.benchmarks.bars import BARS, Bar, case, number, ratio
+from tests.benchmarks.binds import counted_as
 from tests.benchmarks.learning import ratio as ratio_of_means
 from tests.benchmarks.measure import in_turn, interval, machine
 from tests.benchmarks.page import OUT, RESULTS, judged, page, read
@@ -45,6 +46,23 @@ def test_each_aim_is_of_a_benchmark_and_every_result_can_be_read():
 ])
 def test_when_an_aim_is_met(bar, found, met):
     assert bar.met(found) is met
+
+
+@pytest.mark.parametrize("low, high, sure", [(2.1, 3, True), (1.9, 3, False), (None, None, True)])
+def test_an_aim_is_met_beyond_doubt_where_the_whole_interval_says_so(low, high, sure):
+    assert Bar("x", "", "", lambda f: (2.5, low, high), least=2).sure({}) is sure
+
+
+@pytest.mark.parametrize("lean, value", [(3.0, (2.0, 1.9, 2.2)), (1.5, (1.5, None, None))])
+def test_each_side_is_taken_at_its_faster_micro_batch(lean, value):
+    found = {"ours": {"seconds": 1.0}, "ours, lean": {"seconds": 1.4}, "trl": {"seconds": 2.0, "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.2}, "trl, lean": {"seconds": lean}}
+    assert case("words")({"words": found}) == value
+
+
+def test_every_function_of_a_step_is_counted_once():
+    names = ("<built-in method torch._C._nn.linear>", "<method 'run_backward' of 'torch._C._EngineBase' objects>", "<built-in method torch.multinomial>", "<method 'softmax' of 'torch._C.TensorBase' objects>",
+             "<built-in method torch._C._nn.scaled_dot_product_attention>", "<method 'pow' of 'torch._C.TensorBase' objects>", "<built-in method builtins.any>")
+    assert [counted_as(n) for n in names] == ["matrix products", "way back", "drawing", "softmax and its like", "attention", "other tensor operations", "Python and the rest"]
 
 
 def test_the_interval_covers_the_median():

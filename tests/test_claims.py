@@ -327,4 +327,5 @@ def test_a_published_result_is_of_the_claim_as_it_stands(file):
             continue
         said, slots = result["arms"][name]["recipe"], work.show(arm.method())["is"].to_dict()
         assert said == {k: v for k, v in slots.items() if k in said or (k, v) != ("told", "as_written")}      # a slot of lessons that came later
-        assert Config(**result["arms"][name]["config"]) == arm.config      # what a result does not say yet is at its default
+        config = Config(**result["arms"][name]["config"])      # what a result does not say yet is at its default; the temperature stands in the recipe's law, compared above
+        assert replace(config, temperature=None) == replace(arm.config, temperature=None)

@@ -23,6 +23,7 @@ from rlworkbench.reasoning.parallel import greedy
 from rlworkbench.reasoning.strategy import blind
 from rlworkbench.tasks.digits import digits_sum
 from rlworkbench.tasks.verbose import verbose_sum
+from tests.conftest import breaks_off
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -40,14 +41,7 @@ def planted(policy, shift=1.0, tokens=None):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_hooks_come_off_in_the_middle_of_a_reply(tiny, error, monkeypatch):
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.tower.modules())
-    before, step, passes = hooks(), tiny.step, []
-
-    def breaking(*args, **kw):
-        passes.append(hooks())
-        if len(passes) == 3:
-            raise error("in the middle")
-        return step(*args, **kw)
-    monkeypatch.setattr(tiny, "step", breaking, raising=False)
+    before, passes = hooks(), breaks_off(tiny, error, hooks, monkeypatch)
     with pytest.raises(error, match="in the middle"):
         flowsteer.but(flow=planted(tiny))(tiny, digits_sum.items("test")[:2], 34)
     assert min(passes) == before + 2 and hooks() == before

@@ -7,40 +7,19 @@ from rlworkbench.claims.index import committed
 from rlworkbench.core.registry import claims
 from rlworkbench.serving.places import shipped
 from rlworkbench.training.run import Run
-from tests.conftest import CHROMIUM
 from tests.studio import server as server
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def seen(browser, server):
-    "A function: a page of the studio in a context of its own. What it complained of, and what it asked elsewhere, must be nothing."
-    pages = []
+def seen(window, server):
+    "A function: a page of the studio in a context of its own."
     def look(path: str, **how):
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 1000}} | how))
-        page = context.new_page()
-        page.said = []
-        page.on("pageerror", lambda e: page.said.append(f"error: {e}"))
-        page.on("console", lambda m: page.said.append(f"console: {m.text} {m.location}") if m.type == "error" else None)
-        page.on("request", lambda r: page.said.append(f"asked: {r.url}") if not r.url.startswith((server.url, "data:", "blob:")) else None)
-        page.on("response", lambda r: page.said.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        pages.append(page)
+        page = window(server.url, **how)
         page.goto(server.url + path)
         return page
-    yield look
-    for page in pages:
-        assert page.said == []
-        page.context.close()
+    return look
 
 
 def lightness(page, of: str) -> tuple:
@@ -63,7 +42,7 @@ def test_the_first_page_shows_the_recorded_run_the_other_runs_and_where_to_go(se
     group = tokens[tokens["group"] == tokens.groupby("group")["reward"].std().idxmax()]
     first = page.locator("#hub .rlw-first [data-token]").all_inner_texts() or page.locator("#hub .rlw-first .rlw-strip span[title]").all_inner_texts()
     said = {"".join(r["piece"]) for _, r in group.groupby("reply")}
-    assert "".join(t.strip("■") for t in first).replace("\n", "")[:12] in {s[:12] for s in said}
+    assert "".join(t.strip("∅") for t in first).replace("\n", "")[:12] in {s[:12] for s in said}
     rows = page.locator("#hub table.rlw-table tr")
     assert {n for n in server.places.names()} <= {r.split("\t")[0].strip() for r in rows.all_inner_texts()}
     assert rows.filter(has_text="second").locator(".rlw-state").first.inner_text() == "✓ done"

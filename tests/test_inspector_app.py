@@ -7,13 +7,12 @@ import pytest
 from rlworkbench.core.formats import write_traces
 from rlworkbench.core.imports import open_traces
 from rlworkbench.core.trace import Trace
-from rlworkbench.serving.frame import free, served
+from rlworkbench.serving.frame import served
 from rlworkbench.serving.inspection import Inspection, asked, shown
 from rlworkbench.serving.moves import files, handed_in
 from rlworkbench.serving.pairs import beside
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.view import View
-from tests.conftest import CHROMIUM
 from tests.studio import models_in
 from tests.studio import server as server
 
@@ -104,7 +103,7 @@ def test_endpoints_of_two_visitors(server):
     from rlworkbench.apps.inspector import build
     alone = build(server.places)
     try:
-        url = served(alone, free(), wait=False)
+        url = served(alone, wait=False)
         one, two = (Client(url, verbose=False) for _ in range(2))
         for client, reply in ((one, 1), (two, 3)):
             client.predict(api_name="/inspector_arrive")
@@ -119,16 +118,8 @@ def test_endpoints_of_two_visitors(server):
 # ---- a real browser
 
 @pytest.fixture
-def page(server):
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
-        page.said = []
-        page.on("pageerror", lambda e: page.said.append(str(e)))
-        page.on("request", lambda r: page.said.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None)
-        yield page
-        browser.close()
+def page(window, server):
+    return window(server.url)
 
 
 def draw_one(page):
@@ -192,7 +183,6 @@ def test_draw_ask_click_branch_take_along_and_come_back(page, server, tmp_path):
     page.goto(asked_of)
     expect(page.locator("#reply")).to_contain_text("Branch 1 leaves at token 4", timeout=15_000)
     assert page.locator("#reply .rlw-text").all_inner_texts() == reply and page.url == asked_of
-    assert page.said == []
 
 
 @pytest.mark.browser
@@ -213,7 +203,7 @@ def test_a_hostile_file_stays_text_and_a_broken_one_is_told(page, server, tmp_pa
     expect(page.locator("#reply")).to_contain_text("{{value}}")
     expect(page.locator("#reply")).to_contain_text("${document.title='broken'}")
     expect(page.locator("#wrong")).to_contain_text("no policy here can read it back", timeout=15_000)
-    assert page.title() != "broken" and page.locator("#reply img, #reply script").count() == 0 and page.said == []
+    assert page.title() != "broken" and page.locator("#reply img, #reply script").count() == 0
 
 
 @pytest.mark.browser

@@ -33,6 +33,7 @@ from rlworkbench.recipes.recipe import Lesson, Recipe
 from rlworkbench.recipes.slots import Group, Spec, kl_penalty, score_replies
 from rlworkbench.rollouts.sampler import sample
 from rlworkbench.rollouts.sampling import Sampling
+from rlworkbench.rollouts.scorer import score
 from rlworkbench.serving import report
 from rlworkbench.tasks import photographs
 from rlworkbench.tasks.silent import digits_sum_silent, verbose_sum_silent
@@ -156,7 +157,6 @@ def test_every_ablation_trains_what_it_says(name):
 @every_base
 @pytest.mark.parametrize("heat", [0.0, 1.0])
 def test_sampled_and_scored_under_one_law(base, heat):
-    from rlworkbench.rollouts.scorer import score
     make, task = BASES[base]
     policy, items, law = LatentPolicy(make(), 3, 5, heat), task.items()[:3], Sampling(max_tokens=6)
     step = Step(items=items, group=torch.tensor([0, 0, 1, 2, 2]), prompts=policy.encode(items), generator=generator(0, "t"))
@@ -246,6 +246,14 @@ def test_every_step_draws_other_thoughts_and_every_reply_its_own():
         with torch.no_grad():
             seen.append(policy.within(step).select(policy.within(step).prefill(step.prompts), step.group).latent)
     assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 12
+
+
+def test_a_question_to_a_step_thinks_the_thoughts_that_wrote_its_replies():
+    step = Step(items=verbose_sum_silent.items()[:2], size=(2, 3), clock=(3, 9), seed=4, generator=generator(0, "t"))
+    Group(law := Sampling(max_tokens=4))(policy := warm(), step)
+    with torch.no_grad():
+        again, elsewhere = score(policy, step, law)["logp"], score(policy, replace(step, clock=(4, 9)), law)["logp"]
+    assert torch.allclose(again, step.old, atol=2e-5) and (elsewhere - step.old).abs().max() > 1e-3
 
 
 def test_a_thought_outside_of_a_step_does_not_depend_on_what_is_asked_beside_it():

@@ -54,7 +54,7 @@ MUTANTS = (   # file, what stands there (exactly once), what is put in its place
     ("training/loss.py", "batch.whole = replace(detached(batch), whole=None)", "batch.whole = None"),
     ("training/loss.py", "plain.weight = checked(recipe.weight(plain)", "plain.weight = checked(0 * recipe.weight(plain) + 1"),
     ("training/loss.py", "part.surrogate + part.penalty)", "part.surrogate)"),
-    ("training/supply.py", "score(reference.within(step), step, step.law)", "score(policy.within(step), step, step.law)"),
+    ("training/supply.py", "step.ref = score(reference, step, step.law)", "step.ref = score(policy, step, step.law)"),
     ("training/collect.py", "kept.append(step if step.keep.all() else take(step, step.keep))", "kept.append(step)"),
     ("training/trainer.py", "torch.autograd.grad(loss, list", "torch.autograd.grad(-loss, list"),
     ("training/trainer.py", "min(1.0, self.clip / (float(norm) + 1e-6))", "1.0"),
@@ -89,6 +89,24 @@ STABILISERS = (   # the same, and the tests that must notice
     ("recipes/dualformer.py", "out[:-1] if checks else out", "out", "test_blends.py"),
 )
 
+LATER = (   # the same, and the one test that must notice: selections, stages, what is asked between them, the engine
+    ("selection/selection.py", "(*sameness(i), i.demo)", "(i.prompt, i.answer, i.demo)", "test_selection.py::test_duplicates_are_counted_by_what_they_are"),
+    ("selection/selection.py", "if not 0 < budget <= 1:", "if not 0 <= budget <= 1:", "test_selection.py::test_a_budget_out_of_range_is_refused[0-dose]"),
+    ("selection/selection.py", "if not of_kind(value, kind) or (limit", "if (limit", "test_selection.py::test_every_option_of_every_selector_is_checked[less-rank]"),
+    ("selection/selection.py", "(LIMITS | self.limits).get(k)", "LIMITS.get(k)", "test_selection.py::test_every_option_of_every_selector_is_checked[less-rank]"),
+    ("selection/chosen.py", "[k % len(pool) for k in range(step.drawn,", "[k % len(pool) for k in range(step.size[0],", "test_selection.py::test_an_ordered_selection_is_walked_in_order"),
+    ("selection/orders.py", "some, loss = pick(len(items), budget, stream)", "some, loss = pick(len(items), None, stream)", "test_selection.py::test_every_selector_selects[cyclical]"),
+    ("selection/gain.py", "learned = gain >= least", "learned = gain < math.inf", "test_selection.py::test_marks_anywhere_are_as_many"),
+    ("selection/synthesis.py", "for _ in range(m) if of[s]]", "for _ in range(1) if of[s]]", "test_selection.py::test_a_profile_decides_what_is_written"),
+    ("selection/mixtures.py", "n <= hard * samples", "n >= hard * samples", "test_selection.py::test_what_is_missing_is_what_fails"),
+    ("training/battery.py", "self.right[-1][k] - self.right[self.since(k)][k]", "self.right[-1][k] - self.right[0][k]", "test_battery.py::test_backward_transfer_by_hand"),
+    ("training/battery.py", "if self.since(k) < len(self.rows) - 1]", "if self.since(k) < len(self.rows)]", "test_battery.py::test_backward_transfer_by_hand"),
+    ("training/stages.py", "if \"{\" in value:", "if False:", "test_pipeline.py::test_bad_plans"),
+    ("training/pipeline.py", "if name in (*stages, \"previous\") or not name", "if name == \"previous\" or not name", "test_pipeline.py::test_bad_plans"),
+    ("engines/fit.py", "if isinstance(recipe, Lesson):", "if False:", "test_engine_trl.py::test_what_can_t_be_is_one_sentence_and_nothing_is_written"),
+    ("engines/config.py", "if not isinstance(policy, HuggingPolicy):", "if False:", "test_engine_trl.py::test_what_can_t_be_is_one_sentence_and_nothing_is_written"),
+)
+
 RUNNER = """
 import json, os, sys
 import hypothesis, pandas, pytest, torch, torch._dynamo
@@ -118,6 +136,7 @@ def plant(folder: Path, mutant=None) -> Path:
     shutil.copytree(ROOT / "rlworkbench", folder / "rlworkbench", ignore=shutil.ignore_patterns("assets"))
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("benchmarks"))
     shutil.copy2(ROOT / "pyproject.toml", folder)
+    (folder / "rlworkbench" / "assets").symlink_to(ROOT / "rlworkbench" / "assets")
     if mutant is not None:
         path, (_, old, new, *_) = folder / "rlworkbench" / mutant[0], mutant
         path.write_text(path.read_text().replace(old, new))
@@ -133,7 +152,7 @@ def run(folders: list, files=FAST, only=ONLY) -> list:
     return codes
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *STABILISERS], ids=name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *STABILISERS, *LATER], ids=name)
 def test_mutant_can_be_made(mutant):
     """What a mutant replaces stands in its file exactly once; else the list has grown stale."""
     file, old, new, *_ = mutant
@@ -160,5 +179,16 @@ def test_the_stabilisers_tests_notice_theirs(tests, tmp_path):
     mutants = [m for m in STABILISERS if m[3] == tests]
     folders = [plant(tmp_path / "as-it-is"), *(plant(tmp_path / str(i), m) for i, m in enumerate(mutants))]
     baseline, *codes = run(folders, (tests,), "not refused_in_one_sentence")
+    assert baseline == 0, (folders[0] / "out.txt").read_text()[-2000:]
+    assert [(name(m), code) for m, code in zip(mutants, codes) if code != 1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wing", sorted({m[0].partition("/")[0] for m in LATER}))
+def test_a_few_fast_tests_notice_the_later_ones(wing, tmp_path):
+    """Every one of them, and the package as it is passes."""
+    mutants = [m for m in LATER if m[0].startswith(f"{wing}/")]
+    folders = [plant(tmp_path / "as-it-is"), *(plant(tmp_path / str(i), m) for i, m in enumerate(mutants))]
+    baseline, *codes = run(folders, sorted({m[3] for m in mutants}), "")
     assert baseline == 0, (folders[0] / "out.txt").read_text()[-2000:]
     assert [(name(m), code) for m, code in zip(mutants, codes) if code != 1] == []

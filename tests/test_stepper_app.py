@@ -10,14 +10,13 @@ import pytest
 from rlworkbench.serving.board import COLUMNS, board
 from rlworkbench.serving.card import card
 from rlworkbench.serving.deeds import arrived, asked, attempted, long_run, watched
-from rlworkbench.serving.frame import free, served
+from rlworkbench.serving.frame import served
 from rlworkbench.serving.live import Live
 from rlworkbench.serving.places import Places
 from rlworkbench.serving.recorded import Recorded
 from rlworkbench.serving.sessions import Sessions
 from rlworkbench.serving.stepping import LIVE, Desk, Spot, moved, shown
 from rlworkbench.training.run import Config
-from tests.conftest import CHROMIUM
 from tests.studio import models_in, some_runs
 
 BANDIT = Config(task="bandit", policy="table", steps=50, prompts=3, group=6, lr=.1, evaluate=0)
@@ -47,7 +46,7 @@ def server(tmp_path_factory):
     some_runs(runs)
     places = Places(runs)
     demo = build(places)
-    yield Alone(served(demo, free(), wait=False), runs, places)
+    yield Alone(served(demo, wait=False), runs, places)
     demo.close(verbose=False)
 
 
@@ -278,97 +277,91 @@ def choose(page, box, value: str):
 
 
 @pytest.mark.browser
-def test_in_a_browser(server):
-    from playwright.sync_api import expect, sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        page, said = browser.new_page(viewport={"width": 1280, "height": 1000}), []
-        page.on("pageerror", lambda e: said.append(str(e)))
-        page.on("request", lambda r: said.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None)
-        at = lambda name: page.locator(f"#{name}")
-        now = page.locator(".rlw-phases .now")
+def test_in_a_browser(window, server):
+    from playwright.sync_api import expect
+    page = window(server.url)
+    at = lambda name: page.locator(f"#{name}")
+    now = page.locator(".rlw-phases .now")
 
-        page.goto(f"{server.url}/")                                     # a recorded run is there
-        expect(at("board").locator("[data-token]").first).to_be_visible(timeout=30_000)
-        expect(at("note")).to_contain_text("Recorded run: grpo on digits-sum")
-        page.wait_for_url("**run=recorded&step=10**")
-        page.locator("h1").click()
-        page.keyboard.press("ArrowLeft")                                       # scrub with the keys
-        page.wait_for_url("**step=9**")
-        page.keyboard.press(" ")                                               # the phase after the last one of step 9
-        expect(now).to_have_text("sample")
-        page.wait_for_url("**step=10&phase=sample**")
-        at("board").locator("[data-pick='3']").click()
-        page.wait_for_url("**group=3**")
-        token = at("board").locator("[data-token='4']").nth(2)
-        token.click()                                                          # a card with the number that the token says
-        expect(at("card")).to_contain_text("token 5 of")
-        strip = int(token.get_attribute("data-strip"))
-        table = Recorded(server.places.open("recorded")).reading(10)
-        row = table[(table["reply"] == strip) & (table["position"] == 4)].iloc[0]
-        drawn = at("card").locator("tr", has_text="log-prob when drawn").locator("td").first
-        assert told(drawn.inner_text()) == pytest.approx(row["old"], rel=1e-3)
-        page.keyboard.press("ArrowRight")
-        expect(at("card")).to_contain_text("token 6 of")
-        page.wait_for_url("**token=5**")
-        link = page.url
-        page.reload()                                                          # the same view after a refresh
-        expect(at("card")).to_contain_text("token 6 of", timeout=30_000)
-        expect(now).to_have_text("sample")
-        page.wait_for_timeout(300)
-        assert page.url == link
+    page.goto(f"{server.url}/")                                     # a recorded run is there
+    expect(at("board").locator("[data-token]").first).to_be_visible(timeout=30_000)
+    expect(at("note")).to_contain_text("Recorded run: grpo on digits-sum")
+    page.wait_for_url("**run=recorded&step=10**")
+    page.locator("h1").click()
+    page.keyboard.press("ArrowLeft")                                       # scrub with the keys
+    page.wait_for_url("**step=9**")
+    page.keyboard.press(" ")                                               # the phase after the last one of step 9
+    expect(now).to_have_text("sample")
+    page.wait_for_url("**step=10&phase=sample**")
+    at("board").locator("[data-pick='3']").click()
+    page.wait_for_url("**group=3**")
+    token = at("board").locator("[data-token='4']").nth(2)
+    token.click()                                                          # a card with the number that the token says
+    expect(at("card")).to_contain_text("token 5 of")
+    strip = int(token.get_attribute("data-strip"))
+    table = Recorded(server.places.open("recorded")).reading(10)
+    row = table[(table["reply"] == strip) & (table["position"] == 4)].iloc[0]
+    drawn = at("card").locator("tr", has_text="log-prob when drawn").locator("td").first
+    assert told(drawn.inner_text()) == pytest.approx(row["old"], rel=1e-3)
+    page.keyboard.press("ArrowRight")
+    expect(at("card")).to_contain_text("token 6 of")
+    page.wait_for_url("**token=5**")
+    link = page.url
+    page.reload()                                                          # the same view after a refresh
+    expect(at("card")).to_contain_text("token 6 of", timeout=30_000)
+    expect(now).to_have_text("sample")
+    page.wait_for_timeout(300)
+    assert page.url == link
 
-        page.get_by_role("button", name="Settings of the trainer").click()     # a live trainer, phase by phase
-        for label, value in (("task", "bandit"), ("policy", "table")):
-            choose(page, page.get_by_label(label, exact=True), value)
-        page.get_by_label("learning rate").fill("0.1")
-        at("start").click()
-        expect(at("note")).to_contain_text("before its first step")
-        page.locator("h1").click()
-        for phase in ("sample", "rescore", "reward", "shape", "keep", "advantage", "forward", "loss", "gradient", "update"):
-            page.keyboard.press(" ")
-            expect(now).to_have_text(phase)
-        expect(at("note")).to_contain_text("after step 1")
-        at("step-live").click()
-        expect(at("note")).to_contain_text("after step 2")
-        kept = at("card").inner_text()
-        at("back").click()
-        expect(at("note")).to_contain_text("Back at step 1: a kept state.")
-        at("step-live").click()
-        expect(at("note")).to_contain_text("after step 2")
-        assert at("card").inner_text() == kept
-        choose(page, at("other").locator("input"), "dapo")
-        at("fork").click()
-        expect(at("note")).to_contain_text("grpo until there, dapo from here")
-        at("step-live").click()
-        expect(at("note")).to_contain_text("after step 3")
-        page.get_by_role("button", name="What would another recipe").click()   # what if
-        choose(page, at("names").locator("input"), "rloo")
-        at("ask").click()
-        expect(at("answer")).to_contain_text("dapo (this one)", timeout=20_000)
-        expect(at("answer")).to_contain_text("Slots that differ")
+    page.get_by_role("button", name="Settings of the trainer").click()     # a live trainer, phase by phase
+    for label, value in (("task", "bandit"), ("policy", "table")):
+        choose(page, page.get_by_label(label, exact=True), value)
+    page.get_by_label("learning rate").fill("0.1")
+    at("start").click()
+    expect(at("note")).to_contain_text("before its first step")
+    page.locator("h1").click()
+    for phase in ("sample", "rescore", "reward", "shape", "keep", "advantage", "forward", "loss", "gradient", "update"):
+        page.keyboard.press(" ")
+        expect(now).to_have_text(phase)
+    expect(at("note")).to_contain_text("after step 1")
+    at("step-live").click()
+    expect(at("note")).to_contain_text("after step 2")
+    kept = at("card").inner_text()
+    at("back").click()
+    expect(at("note")).to_contain_text("Back at step 1: a kept state.")
+    at("step-live").click()
+    expect(at("note")).to_contain_text("after step 2")
+    assert at("card").inner_text() == kept
+    choose(page, at("other").locator("input"), "dapo")
+    at("fork").click()
+    expect(at("note")).to_contain_text("grpo until there, dapo from here")
+    at("step-live").click()
+    expect(at("note")).to_contain_text("after step 3")
+    page.get_by_role("button", name="What would another recipe").click()   # what if
+    choose(page, at("names").locator("input"), "rloo")
+    at("ask").click()
+    expect(at("answer")).to_contain_text("dapo (this one)", timeout=20_000)
+    expect(at("answer")).to_contain_text("Slots that differ")
 
-        page.get_by_role("button", name="A long run").click()                  # a long run, left, found again, stopped
-        at("name").locator("input,textarea").fill("from-the-page")
-        page.get_by_label("steps", exact=True).last.fill("3000")
-        at("launch").click()
-        expect(at("state")).to_contain_text("is running", timeout=40_000)
-        page.wait_for_url("**run=from-the-page**")
-        page.reload()
-        expect(at("state")).to_contain_text("is running", timeout=30_000)
-        viewer = browser.new_page()
-        viewer.goto(page.url)
-        expect(viewer.locator("#state")).to_contain_text("is running", timeout=30_000)
-        at("halt").click()
-        expect(at("state")).to_contain_text("has stopped", timeout=40_000)
-        expect(viewer.locator("#state")).to_contain_text("has stopped", timeout=20_000)
-        assert not long_run(server.places, "from-the-page")[1]
+    page.get_by_role("button", name="A long run").click()                  # a long run, left, found again, stopped
+    at("name").locator("input,textarea").fill("from-the-page")
+    page.get_by_label("steps", exact=True).last.fill("3000")
+    at("launch").click()
+    expect(at("state")).to_contain_text("is running", timeout=40_000)
+    page.wait_for_url("**run=from-the-page**")
+    page.reload()
+    expect(at("state")).to_contain_text("is running", timeout=30_000)
+    viewer = window(server.url)
+    viewer.goto(page.url)
+    expect(viewer.locator("#state")).to_contain_text("is running", timeout=30_000)
+    at("halt").click()
+    expect(at("state")).to_contain_text("has stopped", timeout=40_000)
+    expect(viewer.locator("#state")).to_contain_text("has stopped", timeout=20_000)
+    assert not long_run(server.places, "from-the-page")[1]
 
-        dark = browser.new_page(color_scheme="dark", viewport={"width": 390, "height": 800})
-        dark.goto(f"{server.url}/?run=recorded&step=2")                 # dark, on a telephone
-        expect(dark.locator("#board [data-token]").first).to_be_visible(timeout=30_000)
-        paper, ink = (dark.evaluate(f"getComputedStyle(document.querySelector('#board .rlw-board')).{what}") for what in ("color", "backgroundColor"))
-        assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)" and paper == "rgb(228, 232, 237)"
-        assert dark.evaluate("document.documentElement.scrollWidth") <= 390
-        assert said == []
-        browser.close()
+    dark = window(server.url, color_scheme="dark", viewport={"width": 390, "height": 800})
+    dark.goto(f"{server.url}/?run=recorded&step=2")                 # dark, on a telephone
+    expect(dark.locator("#board [data-token]").first).to_be_visible(timeout=30_000)
+    paper, ink = (dark.evaluate(f"getComputedStyle(document.querySelector('#board .rlw-board')).{what}") for what in ("color", "backgroundColor"))
+    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)" and paper == "rgb(228, 232, 237)"
+    assert dark.evaluate("document.documentElement.scrollWidth") <= 390

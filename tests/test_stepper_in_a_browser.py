@@ -10,7 +10,6 @@ import time
 import pytest
 
 from rlworkbench.show.stepper import frames_of, stepper_html
-from tests.conftest import CHROMIUM
 
 pytestmark = pytest.mark.browser
 
@@ -21,15 +20,8 @@ display(seen)"""
 
 
 @pytest.fixture
-def page():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1100, "height": 900})
-        page.said = []
-        page.on("pageerror", lambda e: page.said.append(str(e)))
-        yield page
-        browser.close()
+def page(window):
+    return window("file:", viewport={"width": 1100, "height": 900})
 
 
 def driven(page, box):
@@ -54,7 +46,6 @@ def test_as_a_page(page, tmp_path):
     (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{stepper_html(frames)}")
     page.goto(f"file://{tmp_path}/page.html")
     driven(page, page.locator(".rlw-stepper"))
-    assert page.said == []
 
 
 def test_two_alike_on_one_page_both_step(page, tmp_path):
@@ -99,8 +90,9 @@ def lab(tmp_path):
         server.wait(20)
 
 
-def test_in_jupyterlab(page, lab):
+def test_in_jupyterlab(window, lab):
     from playwright.sync_api import expect
+    page = window(lab.partition("/lab")[0], "^(console|4)", viewport={"width": 1100, "height": 900})      # JupyterLab complains of itself
     page.goto(lab)
     expect(page.locator(".jp-NotebookPanel .jp-Cell").first).to_be_visible(timeout=60_000)
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first).to_be_attached(timeout=60_000)

@@ -28,6 +28,7 @@ from rlworkbench.tasks.digits import digits_sum
 from rlworkbench.tasks.sevens import sevens_even
 from rlworkbench.tasks.verbose import verbose_sum
 from rlworkbench.training.beds import make_micro
+from tests.conftest import breaks_off
 from tests.test_families import ITEMS, Lottery, noise
 
 STRATEGIES = strategies.all()
@@ -148,16 +149,9 @@ def test_nothing_of_the_policy_moves(tiny, name):
 @pytest.mark.parametrize("name", ["cot-vector", "cot-vector-learned", "fractional", "fractional-vote"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_hooks_come_off_in_the_middle_of_a_reply(tiny, name, error, monkeypatch):
-    own, step, passes = STRATEGIES[name], tiny.step, []
-    ready, hooks = own.but(**own.prepare(tiny, digits_sum, 0)), lambda: sum(len(m._forward_hooks) for m in tiny.tower.modules())
-    before = hooks()
-
-    def breaking(*args, **kw):
-        passes.append(hooks())
-        if len(passes) == 3:
-            raise error("in the middle")
-        return step(*args, **kw)
-    monkeypatch.setattr(tiny, "step", breaking, raising=False)
+    own, hooks = STRATEGIES[name], lambda: sum(len(m._forward_hooks) for m in tiny.tower.modules())
+    ready = own.but(**own.prepare(tiny, digits_sum, 0))
+    before, passes = hooks(), breaks_off(tiny, error, hooks, monkeypatch)
     with pytest.raises(error, match="in the middle"):
         ready(tiny, digits_sum.items("test")[:2], 68, task=digits_sum)
     assert min(passes) > before == hooks()

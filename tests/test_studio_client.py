@@ -9,7 +9,7 @@ import pytest
 import torch
 from gradio_client import Client
 
-from rlworkbench.serving.frame import PAGES, free, served
+from rlworkbench.serving.frame import PAGES, served
 from rlworkbench.serving.places import Places
 from tests.benchmarks.studio import crowd
 from tests.studio import models_in, server  # noqa: F401
@@ -31,7 +31,7 @@ def test_what_is_remembered_of_visitors_is_bounded(server):  # noqa: F811
     assert server.demo.app.state_holder.capacity == 200
     with gr.Blocks() as page:
         gr.Button().click(lambda: None, None, gr.State(0), api_name="touch")
-    url = served(page, free(), wait=False, sessions=3)
+    url = served(page, wait=False, sessions=3)
     for _ in range(7):
         Client(url, verbose=False).predict(api_name="/touch")
     assert len(page.app.state_holder.session_data) == 3
@@ -158,6 +158,26 @@ def test_what_can_not_work_is_one_sentence(given, says, capsys, monkeypatch):
             main()
     said = capsys.readouterr().err
     assert e.value.code == 2 and says.replace("{port}", port) in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_port_that_another_program_takes_first(server, monkeypatch):  # noqa: F811
+    import urllib.request
+
+    import gradio as gr
+
+    import rlworkbench.serving.frame as frame
+    with gr.Blocks() as demo:
+        gr.HTML("here")
+    taken, free = int(server.url.rsplit(":", 1)[1]), frame.free
+    asked = []
+    monkeypatch.setattr(frame, "free", lambda port=None: asked.append(port) or (taken if len(asked) == 1 or port else free()))
+    try:
+        url = served(demo, wait=False)
+        assert asked == [None, None] and url != server.url and "here" in urllib.request.urlopen(f"{url}/config", timeout=20).read().decode()
+    finally:
+        demo.close(verbose=False)
+    with gr.Blocks() as demo, pytest.raises(ValueError, match=f"^port {taken} is in use; choose another --port$"):
+        served(demo, taken, wait=False)
 
 
 def test_without_gradio_it_names_the_extra(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from rlworkbench.serving import stepping
 from rlworkbench.serving.board import COLUMNS as OF_A_STEP
 from rlworkbench.serving.board import board
 from rlworkbench.serving.deeds import asking, watched
-from rlworkbench.serving.frame import bar, free, served, stylesheet, theme
+from rlworkbench.serving.frame import bar, served, stylesheet, theme
 from rlworkbench.serving.inspection import Inspection, asked, looked
 from rlworkbench.serving.keys import STYLE
 from rlworkbench.serving.live import Live
@@ -29,7 +29,6 @@ from rlworkbench.serving.sessions import Sessions
 from rlworkbench.serving.stepping import LIVE, Desk, Spot
 from rlworkbench.serving.view import View, plain_view, view_of
 from rlworkbench.training.run import Config
-from tests.conftest import CHROMIUM
 from tests.studio import server as server
 
 BANDIT = Config(task="bandit", policy="table", steps=50, prompts=3, group=6, lr=.1, evaluate=0)
@@ -298,7 +297,7 @@ def test_a_page_alone_links_to_no_page_that_is_not_there(server, name, arrive):
     import importlib
     demo = importlib.import_module(f"rlworkbench.apps.{name}").build(server.places, alone=True)
     try:
-        page = words(Client(served(demo, free(), wait=False), verbose=False).predict(api_name=arrive)) + str(demo.get_config_file())
+        page = words(Client(served(demo, wait=False), verbose=False).predict(api_name=arrive)) + str(demo.get_config_file())
         assert "alone; " in page and 'href="/' not in page and "href=/" not in page
     finally:
         demo.close(verbose=False)
@@ -308,15 +307,8 @@ def test_a_page_alone_links_to_no_page_that_is_not_there(server, name, arrive):
 # ---- a real browser
 
 @pytest.fixture
-def page(server):
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.said = []
-        page.on("pageerror", lambda e: page.said.append(str(e)))
-        yield page
-        browser.close()
+def page(window, server):
+    return window(server.url)
 
 
 @pytest.mark.browser
@@ -349,7 +341,6 @@ def test_a_link_restores_what_is_open(page, server):
     page.wait_for_url("**/compare?runs=bandit%2F0&column=entropy&open=claims")
     page.get_by_role("tab", name="Runs").click()
     page.wait_for_url("**/compare?runs=bandit%2F0&column=entropy")
-    assert page.said == []
 
 
 @pytest.mark.browser
@@ -382,7 +373,6 @@ def test_reset_and_replay_on_the_page(page, server):
     expect(page.locator(".rlw-phases .now")).to_have_text("sample", timeout=20_000)
     page.get_by_role("button", name="close trainer").click()
     expect(page.locator("#note")).to_contain_text("Recorded run", timeout=20_000)
-    assert page.said == []
 
 
 TIMED = """([where, before]) => { const box = document.querySelector(where), t = window.timed = {};

@@ -318,7 +318,7 @@ def launched(command: list, cwd, **env) -> tuple:   # process, what it said unti
 def wheel(tmp_path_factory):
     "An environment with the wheel, built from a copy of the sources, and with the dependencies, but not the checkout."
     folder = tmp_path_factory.mktemp("wheel")
-    for part in ("rlworkbench", "apps"):
+    for part in ("rlworkbench", "apps", "nbs/claims/results"):
         shutil.copytree(ROOT / part, folder / "source" / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, folder / "source")
@@ -357,7 +357,7 @@ def test_the_studio_opens_with_the_recorded_run(wheel, way):
         if way == "the wheel":
             from gradio_client import Client
             client = Client(url[1], verbose=False)
-            assert "data-token" in str(client.predict(api_name="/stepper_arrive")) and "recorded, step 1" in str(client.predict(api_name="/inspector_arrive"))
+            assert "supported at this scale" in str(client.predict(api_name="/compare_claims")) and "data-token" in str(client.predict(api_name="/stepper_arrive")) and "recorded, step 1" in str(client.predict(api_name="/inspector_arrive"))
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)

@@ -10,7 +10,7 @@ import torch
 
 from rlworkbench.core.registry import recipes, tasks
 from rlworkbench.core.seeds import generator
-from rlworkbench.core.step import put, take
+from rlworkbench.core.step import Step, put, take
 from rlworkbench.engines.fit import refusals
 from rlworkbench.recipes.dapo import mixed_groups
 from rlworkbench.recipes.recipe import Recipe
@@ -26,6 +26,7 @@ from rlworkbench.training.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "nbs/engines/results/parity.json"
 P, G, PIECES = 4, 4, 2
+MOVE = .1      # of each weight, between two passes over the same replies
 CPU = dict(use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, lr_scheduler_type="constant")
 
 
@@ -57,6 +58,29 @@ def rollout(policy, task, recipe, seed=0):
     for step in one_round(trainer, 0, []):
         pass
     return step
+
+
+def mixed(policy, task, step):
+    "The same rollout with something right and something wrong in each group, and a mistake longer than what is right."
+    texts = list(step.text)
+    for g, item in enumerate(step.items):
+        rows = (step.group == g).nonzero()[:, 0].tolist()
+        right = [task.score(item, texts[i])["correct"] > 0 for i in rows]
+        if not any(right):
+            texts[rows[0]] = task.gold(item)
+        elif len(texts[rows[0]]) <= min(len(texts[i]) for i, r in zip(rows, right) if r):
+            answer = task.answer(texts[rows[-1]])
+            texts[rows[-1]] = texts[rows[-1]].replace("<answer>", "<answer>" + "9" * len(answer))     # half of it is right: parts of a reward are rounded to float32 inside TRL, and halves are not
+    replies = [policy.tokens(t) for t in texts]
+    T = max(map(len, replies))
+    ids = torch.tensor([r + [policy.pad] * (T - len(r)) for r in replies])
+    length = torch.tensor([len(r) for r in replies])
+    made = Step(items=step.items, group=step.group, reply=step.reply, prompts=step.prompts, law=step.law, ids=ids, length=length, text=texts, seed=step.seed, clock=step.clock,
+                mask=(torch.arange(T) < length[:, None]).to(step.mask.dtype), truncated=torch.zeros_like(step.truncated), size=step.size, rows=step.rows, task=step.task, memory=step.memory)
+    with torch.no_grad():
+        found = score(policy, made, made.law)
+    made.old, made.entropy, made.collision = found["logp"], found["entropy"], found["collision"]
+    return made
 
 
 def settings(tmp, recipe, task, pieces=PIECES, **more):
@@ -129,7 +153,7 @@ def apart(a, b) -> float:
 def compared(mine, theirs) -> dict:
     "The largest deviations over all updates: of the columns in their own unit, of loss and gradient relative to their size."
     out = dict.fromkeys(("advantage", "weight", "coef", "loss", "gradient"), 0.0)
-    count = 0
+    count = away = 0
     for (a, loss, grads), (b, other, found) in zip(mine, theirs, strict=True):
         for name in ("advantage", "weight", "coef"):
             x, y = getattr(a, name).double(), getattr(b, name).double()
@@ -139,22 +163,38 @@ def compared(mine, theirs) -> dict:
         off = max(float(((0 if g is None else g) - (0 if found[n] is None else found[n])).abs().max()) for n, g in grads.items() if g is not None or found[n] is not None)
         out["gradient"] = max(out["gradient"], off / largest if largest else off)
         count += largest > 0
-    return out | {"updates with a gradient": count}
+        away += bool((((a.logp - a.old).exp() - 1).abs() * a.mask).max() > .2)
+    return out | {"updates with a gradient": count, "updates with ratios away from 1": away}
 
 
-def in_float32(trainer, recipe, step, reference) -> dict:
-    "Everything end to end: forward passes, log-probs, columns, the gradient of every weight."
+def in_float32(trainer, recipe, step, reference, passes=2) -> dict:
+    "Everything end to end: forward passes, log-probs, columns, the gradient of every weight. Between the passes over the rollout the weights move."
     policy, task = trainer.words, trainer.task
-    recipe = with_law(recipe, task)
+    recipe = with_law(recipe, task).but(epochs=passes)
     use(trainer, recipe)
     trainer.beta = 1.0 if "ref" in recipe.needs else 0.0
     rows = dictate(trainer, step)
     step = judged(recipe, replace(step, metrics={}), reference)
 
+    before = {n: w.detach().clone() for n, w in policy.parameters().items()}
+
     def forward(batch, k, rows):
+        if k == recipe.batches:                              # the other side is done with the first pass
+            move(policy, before)
         recipe.forward(policy, batch)
         return policy.parameters()
-    return compared(own(recipe, step, forward), updates(trainer, rows, lambda k: policy.parameters()))
+    try:
+        return compared(own(recipe, step, forward), updates(trainer, rows, lambda k: policy.parameters()))
+    finally:
+        move(policy, before, 0)
+
+
+@torch.no_grad()
+def move(policy, weights, size=MOVE):
+    "Weights that were, and noise in proportion to each."
+    stream = torch.Generator().manual_seed(0)
+    for n, w in policy.parameters().items():
+        w.copy_(weights[n] * (1 + size * torch.randn(w.shape, generator=stream)))
 
 
 def judged(recipe, step, reference):
@@ -225,7 +265,7 @@ def parity(policy="tiny", task="digits-sum"):
     "For each recipe that TRL can run: the largest deviations from the workbench's own loop."
     task = tasks.get(task)
     policy = unbanned(policy)
-    step = rollout(policy, task, recipes.get("grpo"))
+    step = mixed(policy, task, rollout(policy, task, recipes.get("grpo")))
     with TemporaryDirectory() as tmp:
         trainer = build(tmp, policy, task, recipes.get("apo_viewr1"))
         reference = policy.copy()

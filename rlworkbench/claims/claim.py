@@ -14,8 +14,7 @@ from ..core.config import Config
 from ..core.registry import recipes, strategies, tasks, unknown
 from ..reasoning.strategy import Strategy
 from ..recipes.recipe import Lesson, show
-from ..rollouts.sampling import Sampling
-from ..training.choices import load_policy, new_trainer
+from ..training.choices import law_of, load_policy, new_trainer
 from ..training.evaluate import evaluate
 from .statistics import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, judge, region
 
@@ -54,8 +53,7 @@ class Arm:
         found = recipes.get(self.recipe) if isinstance(self.recipe, str) else self.recipe
         if isinstance(found, Lesson):
             return found
-        law = Sampling(self.config.temperature, self.config.max_tokens or tasks.get(self.config.task).max_tokens)
-        return found.but(rollout=replace(found.rollout, sampling=law))
+        return found.but(rollout=replace(found.rollout, sampling=law_of(self.config, found.rollout.sampling, tasks.get(self.config.task))))
 
 # %% ../../nbs/claims/01_claim.ipynb #c007
 PILOT = 1000    # blocks from here on are of the validation split

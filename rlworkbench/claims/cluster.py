@@ -123,10 +123,7 @@ def joined(
         raise ValueError("this process has joined a Ray cluster already")
     with ExitStack() as undo:
         how = unreachable(undo, jobs or 2) if address == "local" else {"address": address}
-        try:
-            ray.init(**how, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-        except (Exception, SystemExit) as e:
-            raise ValueError(f"the Ray cluster {address} can't be joined: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        connect(ray, address, how)
         undo.callback(ray.shutdown)
         yield hand_out(ray, jobs or max(1, int(ray.cluster_resources().get("CPU", 1))))
 

@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.files import read_json
 from ..core.registry import claims, recipes
 from ..recipes.recipe import Recipe
-from .reproduce import package
+from .reproduce import results_folder
 
 # %% ../../nbs/claims/10_index.ipynb #c005
 def defined(
@@ -63,7 +63,7 @@ def about(claim, methods: list) -> list:
 
 def committed(name: str):
     "The result of a claim that is committed, or None."
-    file = package().parent / "nbs" / "claims" / "results" / f"{name}.json"
+    file = results_folder() / f"{name}.json"
     return read_json(file) if file.is_file() else None
 
 

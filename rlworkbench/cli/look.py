@@ -73,26 +73,31 @@ def show(
 def selection(
     file: Annotated[Path, typer.Argument(help="a selection, or the folder of a run that made one")],
     task: Annotated[Optional[str], typer.Option(help="the task of its pool; default: the one that the file names")] = None,
-    svg: Annotated[Optional[Path], typer.Option(help="write the figure")] = None,
+    svg: Annotated[Optional[Path], typer.Option(help="write a figure: how the tags of what was taken differ, or the scores where there are no two tags")] = None,
     as_json: JSON = False,
 ):
-    "What a selection took from its pool."
+    "What a selection took from its pool, and why."
     from rlworkbench.core.files import write_text
     from rlworkbench.core.registry import tasks
     from rlworkbench.selection.chosen import Chosen
-    from rlworkbench.selection.selection import by_tag, open_selection, picture_of
+    from rlworkbench.selection.selection import open_selection
+    from rlworkbench.selection.view import by_tag, edge, picture_of, said, scores_of
     found = open_selection(file)
     if not (name := task or found.about.get("task")):
         raise ValueError(f"{file} does not say which task it was made from: --task NAME")
-    pool = Chosen(tasks.get(name), found).task.items("train")
-    shares = by_tag(found, pool)
-    say(f"{name}: {len(found)} problems{', in this order' * found.ordered}; " + ", ".join(f"{k} {v}" for k, v in found.about.items()), as_json)
+    chosen = Chosen(tasks.get(name), found)
+    pool, taken = chosen.task.items("train"), chosen.items()
+    shares, examples = by_tag(found, pool, taken), edge(found, pool, taken)
+    say(f"{name}: {said(found)}", as_json)
     for tag, (before, after) in shares.items():
         say(f"{tag:12} {before:6.1%} of the pool {after:6.1%} of what was taken", as_json)
+    for what, score, item in examples:
+        say(f"{what:10} {'' if score is None else f'{score:.3f}':>9}  {item.id}  {' '.join((item.prompt or '').split())[:60]}  {' '.join((item.demo or item.answer).split())[:60]}", as_json)
     if svg:
-        write_text(svg, str(picture_of(found, pool)))
+        write_text(svg, str(picture_of(found, pool, taken) if len(shares) > 1 else scores_of(found)))
     if as_json:
-        typer.echo(json.dumps({"about": found.about, "taken": len(found), "tags": shares}))
+        rows = [{"what": what, "score": score, "id": item.id} for what, score, item in examples]
+        typer.echo(json.dumps({"about": found.about, "taken": len(found), "tags": shares, "examples": rows}))
 
 # %% ../../nbs/cli/02_look.ipynb #c009
 @app.command()

@@ -26,7 +26,7 @@ def pipeline(
 ):
     "Run stages one after another, with the battery asked between them; the same command goes on where one was interrupted."
     from rlworkbench.core.settings import load_settings
-    from rlworkbench.serving.stages import write_pipeline_page
+    from rlworkbench.serving.stages import stages_told, write_pipeline_page
     from rlworkbench.training.pipeline import READY, read_pipeline
     if plan is None:
         for name, told in READY.items():
@@ -39,13 +39,13 @@ def pipeline(
     if dry:
         made.check()
         return say(json.dumps(made.told(), indent=None if as_json else 1))
-    steps = sum(stage.config.steps for stage in made.stages.values() if hasattr(stage, "config"))
+    steps = sum(stage.config.steps for stage in made.stages.values() if hasattr(stage, "config") and stage.goes_on)
     with bar(steps, as_json) as progress, same_command():
         state = made.run(folder, lambda run, step: progress.update())
     print_stages(folder, state, as_json)
     say(f"page: {write_pipeline_page(folder)}", as_json)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder)} | state))
+        typer.echo(json.dumps({"folder": str(folder)} | {k: v for k, v in state.items() if k != "at"} | {"stages": stages_told(folder, state)}))
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def print_stages(folder: Path, state: dict, as_json: bool):
     from rlworkbench.serving.stages import stage_rows
     from rlworkbench.training.pipeline import kept_of
     for number, name, what, status, steps, before, after, _ in stage_rows(folder, state):
-        say(f"{number} {name}: {what}, {status}, {steps} steps" + (f", greedy {before} -> {after}" if after else ""), as_json)
+        say(f"{number} {name}: {what}, {status}" + (f", {steps} steps" if steps != "" else "") + (f", greedy {before} -> {after}" if after else ""), as_json)
     if state["before"] or any(d["battery"] for d in state["done"]):
         kept = kept_of(state)
         say("; ".join(f"{task} {first:.2f} -> {last:.2f}" for task, first, last in zip(kept.tasks, kept.right[0], kept.right[-1])), as_json)

@@ -34,7 +34,8 @@ def studio(
         raise ValueError(f"--runs must be a folder, and there is none at {runs}")
     if missing := [d for d in data or () if not d.is_dir()]:
         raise ValueError(f"--data must be a folder, and there is none at {missing[0]}")
-    ours, who, port = load_settings(), login(auth), free(port)
+    ours, who = load_settings(), login(auth)
+    free(port)      # a port that can't be had is told before anything is loaded
     root = runs or Path(ours.runs_path)
     places = Places(root, also=run if run is None or run.exists() or not (root / run).exists() else root / run, data=data or ())
     with_gradio()

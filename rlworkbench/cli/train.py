@@ -34,7 +34,7 @@ def train(
     batches: Annotated[Optional[int], typer.Option(help="minibatches per step; default: what the recipe says")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="passes over them; default: what the recipe says")] = None,
     max_tokens: Annotated[Optional[int], typer.Option(help="longest reply, T")] = None,
-    temperature: Annotated[Optional[float], typer.Option(help="of sampling")] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="of drawing replies; default: what the recipe says, nearly always 1")] = None,
     micro: Annotated[Optional[int], typer.Option(help="sequences per forward pass; saves memory, changes no number")] = None,
     seed: Annotated[Optional[int], typer.Option()] = None,
     reward: Annotated[Optional[str], typer.Option(help="FILE.py:FUNCTION with fn(item, text); or coin")] = None,
@@ -50,14 +50,14 @@ def train(
     select: Annotated[Optional[str], typer.Option(help="which training problems are used: a selector with its options, less,by=uot (rlworkbench list selectors), or a selection that a run left")] = None,
     budget: Annotated[Optional[float], typer.Option(help="share of the pool that the selection takes, above 0 and at most 1")] = None,
     query: Annotated[Optional[str], typer.Option(help="a task whose validation problems say what is to be learned")] = None,
-    engine: Annotated[str, typer.Option(help="own, or trl: TRL's GRPOTrainer, under accelerate launch for several processes")] = "own",
+    engine: Annotated[str, typer.Option(help="own; trl, TRL's GRPOTrainer, under accelerate launch for several processes, bf16, FSDP or DeepSpeed; or trl,vllm=SHARE: vLLM draws the replies")] = "own",
     dry: Annotated[bool, typer.Option("--dry-run", help="only say what it would need")] = False,
     as_json: JSON = False,
 ):
     "Train a policy; writes a run folder."
     from rlworkbench.core.settings import load_settings, use_threads
     from rlworkbench.training import job
-    from rlworkbench.training.choices import new_trainer
+    from rlworkbench.training.choices import new_trainer, selection_in
     from rlworkbench.training.run import Config, Run, read_config
     given = {k: v for k, v in dict(recipe=recipe, task=task, policy=policy, steps=steps, lr=lr, prompts=prompts, group=group, batches=batches, epochs=epochs, max_tokens=max_tokens,
                                    temperature=temperature, micro=micro, seed=seed, reward=reward, record=record, threads=threads,
@@ -70,7 +70,7 @@ def train(
         return train_elsewhere(engine, made, folder, dry, as_json)
     Run(folder).free()
     made = replace(made, threads=str(use_threads(made.threads)))
-    need = say_need(trainer := new_trainer(made), made.steps, as_json)
+    need = say_need(trainer := new_trainer(made, kept=selection_in(folder, made)), made.steps, as_json)
     if dry:
         return typer.echo(json.dumps(need)) if as_json else None
     with bar(made.steps, as_json) as progress, how_to_go_on(folder):
@@ -86,24 +86,25 @@ def slug(name: str) -> str:
 
 def train_elsewhere(engine: str, made, folder: Path, dry: bool, as_json: bool):
     "Train on another engine; of several processes the first one speaks."
-    if engine != "trl":
-        raise ValueError(f"unknown engine {engine!r}; there are own and trl")
+    from rlworkbench.engines.fit import switches
+    said = switches(engine)
     if dry:
         raise ValueError("--dry-run estimates the workbench's own loop; leave out --engine")
     from rlworkbench.engines import job
     quiet = as_json or os.environ.get("RANK", "0") != "0"
     with bar(made.steps, quiet) as progress, how_to_go_on(folder):
-        run = job.train(made, folder, watcher(progress))
+        run = job.train(made, folder, watcher(progress), **said)
     if run:
         print_result(run, as_json)
 
 
 def say_need(trainer, steps: int, as_json: bool) -> dict:
     "Say what a run will need, before it starts."
+    from rlworkbench.selection.view import said
     from rlworkbench.training.estimate import estimate
     need = estimate(trainer, steps)
     if found := getattr(trainer.task, "selection", None):
-        say(f"{trainer.task.name}: {len(found)} problems selected{' in this order' * found.ordered}, {found.about}", as_json)
+        say(f"{trainer.task.name}: {said(found)}", as_json)
     say(f"{steps} steps need about {need['cpu_seconds']:.2g} CPU seconds and {need['megabytes']} MB; evaluations come on top", as_json)
     return need
 

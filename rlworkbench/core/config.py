@@ -29,7 +29,7 @@ class Config:
     batches: int = None          # minibatches per rollout batch; None: what the recipe says
     epochs: int = None           # passes over them; None: what the recipe says
     max_tokens: int = None       # T; None: what the task says
-    temperature: float = 1.0
+    temperature: float = None    # of drawing replies; None: what the recipe says
     lr: float = 3e-5
     clip: float = 1.0
     micro: int = None            # sequences per forward pass

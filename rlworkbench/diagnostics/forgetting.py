@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..core.options import options_for, read_options
-from ..core.registry import unknown
+from ..core.registry import tasks, unknown
 from ..core.step import Step
 from ..show.curves import curves_svg
 from ..tasks.task import SPLITS
-from ..training.battery import N, ask, battery_of
+from ..training.battery import BATTERY, N, ask, battery_of
 from ..training.health import StopRun, WatcherSpec
 from .probe import Probe
 
@@ -67,9 +67,12 @@ def until_of(text: str, names: tuple):
     if task not in names:
         raise ValueError(unknown("skill", task, names))
     try:
-        return task, float(share)
+        found = float(share)
     except ValueError:
         raise ValueError(f"until wants TASK@SHARE, as in digits-sum@0.75, got {text!r}") from None
+    if not 0 < found <= 1:
+        raise ValueError(f"until wants a share above 0 and at most 1, as in digits-sum@0.75, got {text!r}")
+    return task, found
 
 # %% ../../nbs/diagnostics/24_forgetting.ipynb #c006
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class BatterySource(WatcherSpec):
         "Raises ValueError for an option that it does not have."
         given = read_options(Battery, [o for o in rest.split("/") if o])
         options = options_for(Battery, "the watcher battery", given)
+        names = options["skills"].split("+") if options.get("skills") else BATTERY
+        until_of(options.get("until"), [tasks.get(name).name for name in names])     # what is wrong for any policy is said before there is one
         return WatcherSpec(f"battery:{rest}", self.doc, lambda trainer: Battery(trainer, **options))
 
 

@@ -17,7 +17,7 @@ from .slots import score_replies, slot, token_mean
 def both(policy, step: Step):
     "Score the replies, and the demonstrations of their problems."
     score_replies(policy, step)
-    step.demos = replace(step.demos, logp=score(policy.within(step.demos), step.demos, step.law)["logp"])
+    step.demos = replace(step.demos, logp=score(policy, step.demos, step.law)["logp"])
 
 
 @slot("-log π(y*_t)", needs={"demos"})

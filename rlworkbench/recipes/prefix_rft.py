@@ -46,7 +46,7 @@ class hybrids(Group):
             demo, l = policy.tokens(item.demo), low + (self.high - low) * float(torch.rand((), generator=stream))
             n = max(0, min(max(int(l * len(demo)), self.least), len(demo) - 1, self.sampling.max_tokens - 1))
             given[(g + 1) * G - self.tries:(g + 1) * G, :n] = torch.tensor(demo[:n])
-        sample(policy.within(step), step, self.sampling, given)
+        sample(policy, step, self.sampling, given)
 
 # %% ../../nbs/recipes/24_prefix_rft.ipynb #c010
 @slot("own: z-score; continuation: R, or its z-score; shown: (R - mean_g own R)/k, 0 at low entropy", needs={"group", "entropy"}, limits={"drop": "[0, 1]"})

@@ -103,13 +103,13 @@ class Group(Spec):
         step.prompts = policy.encode(step.items)
         step.group = torch.arange(len(step.items)).repeat_interleave(step.size[1])
         step.reply = torch.arange(step.size[1]).repeat(len(step.items))
-        sample(policy.within(step), step, self.sampling)
+        sample(policy, step, self.sampling)
 
 
 @slot("log π(o|x) of every token, with gradient")
 def score_replies(policy, step: Step):
     "The plain forward: log-prob and entropy of each reply's tokens."
-    out = score(policy.within(step), step, step.law)
+    out = score(policy, step, step.law)
     step.logp, step.entropy, step.collision = out["logp"], out["entropy"], out["collision"]
 
 # %% ../../nbs/recipes/00_slots.ipynb #c013

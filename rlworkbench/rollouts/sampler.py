@@ -35,6 +35,7 @@ def sample(
     given=None,          # (N,S) tokens that are put in the policy's mouth, -1 where it speaks for itself
 ):
     "Draw one reply per row of `step.group`."
+    policy = policy.within(step)
     if policy.apart:
         cache = policy.prefill(step.prompts.take(step.group))
         step.metrics["prompt_not_shared"] = policy.apart
@@ -62,8 +63,7 @@ def sample(
     step.old, step.entropy, step.collision = (x * mask for x in (logp, entropy, collision))
     step.origin = torch.zeros_like(ids)
     if given is not None:
-        T = min(given.shape[1], ids.shape[1])
-        step.origin[:, :T] = torch.where(given[:, :T] >= 0, ORIGINS.index("given"), 0)
+        step.origin[:, :given.shape[1]][given[:, :ids.shape[1]] >= 0] = ORIGINS.index("given")
     describe(policy, step)
 
 # %% ../../nbs/rollouts/01_sampler.ipynb #c007

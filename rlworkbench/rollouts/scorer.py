@@ -54,6 +54,7 @@ def score(
     "Log-prob, entropy and collision probability of each token of each reply."
     if not len(step.group):
         return {name: step.mask for name in ("logp", "entropy", "collision")}
+    policy = policy.within(step)
     states = hidden_states(policy, step.prompts, step.group, step.ids, share)
     counts = step.mask.bool()
     temperature = heat(policy, sampling, step)

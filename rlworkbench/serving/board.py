@@ -91,7 +91,7 @@ def strip_of(part: pd.DataFrame, name: str):
     values = [None if not np.isfinite(v) else v for v in column.of(part)] if there else None
     marks = [(("silenced",) if w == 0 else ()) + (("clipped",) if c else ()) for w, c in zip(part.get("weight", pd.Series(1.0, part.index)), part.get("clipped", pd.Series(0, part.index)))]
     low = -column.limit if column.kind == "diverging" else 0.0
-    return token_strip([p or "■" for p in part["piece"]], values, column.kind, low, column.limit, marks)
+    return token_strip(list(part["piece"]), values, column.kind, low, column.limit, marks)
 
 
 def reply_html(part: pd.DataFrame, reply: int, name: str, token=None) -> str:

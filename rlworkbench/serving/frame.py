@@ -159,13 +159,19 @@ def served(
     "Serve pages on this machine."
     gr = with_gradio()
     gr.set_static_paths([])
-    port = free(port)
     demo.queue(default_concurrency_limit=8)
-    demo.launch(server_name=HOST, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, auth=auth, theme=theme(), css=stylesheet(),
-                footer_links=[], max_file_size="8mb", show_error=True, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, state_session_capacity=sessions)
+    for left in range(8)[::-1]:
+        chosen = free(port)
+        try:
+            demo.launch(server_name=HOST, server_port=chosen, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, auth=auth, theme=theme(), css=stylesheet(),
+                        footer_links=[], max_file_size="8mb", show_error=True, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, state_session_capacity=sessions)
+            break
+        except OSError:      # another program was quicker; where no port was asked for, the next free one will do
+            if port or not left:
+                raise ValueError(f"port {chosen} is in use; choose another --port") from None
     gc.collect()
     gc.freeze()      # what is there now stays: later collections need not look at it, and take milliseconds
     if wait:
-        print(f"studio: http://{HOST}:{port}   (ctrl-C ends it)", flush=True)
+        print(f"studio: http://{HOST}:{chosen}   (ctrl-C ends it)", flush=True)
         demo.block_thread()
-    return f"http://{HOST}:{port}"
+    return f"http://{HOST}:{chosen}"

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.config import Config
 from ..show.images import image_uri
 from ..training.checkpoint import restore
-from ..training.choices import new_trainer
+from ..training.choices import chosen_of, new_trainer
 from ..training.health import StopRun
 from ..training.run import token_table
 from .phases import after_update
@@ -37,12 +37,12 @@ class Live(Source):
         if config.prompts * config.group > MOST:
             raise ValueError(f"{config.prompts} problems with {config.group} replies are {config.prompts * config.group}; a live trainer takes up to {MOST}, a long run any number")
         super().__init__()
-        self.first, self.halt = (config, recipe), threading.Event()
+        self.first, self.chosen, self.halt = (config, recipe), None, threading.Event()
         self.anew()
 
     def anew(self):
         "A trainer as it was at the very first, and nothing made."
-        trainer = new_trainer(*self.first)
+        trainer = new_trainer(*self.first, self.chosen)
         self.tables_of, self.log, self.items, self.story, self.origin = {}, {}, {}, [], 0
         self.tables.clear()
         self.begin(self.first[0], trainer)
@@ -50,7 +50,7 @@ class Live(Source):
     def begin(self, config: Config, trainer):
         "Take up a trainer."
         trainer.keep = self.keep
-        self.config, self.trainer, self.recipe = config, trainer, trainer.recipe
+        self.config, self.trainer, self.recipe, self.chosen = config, trainer, trainer.recipe, chosen_of(trainer.task)
         self.going, self.step, self.moved, self.says, self.doing = None, None, False, "", ""
 
     @property

@@ -62,7 +62,7 @@ def fork(self: Live,
 ) -> str:
     "Go on from here by another recipe; a step that has begun is given up. Raises ValueError for one that can't, and nothing has changed."
     config = replace(self.config, recipe=recipe)
-    other = new_trainer(config)
+    other = new_trainer(config, kept=self.chosen)
     self.abandon()
     hand_over(self.trainer, other)
     was = self.config.recipe

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.config import Config, read_config
 from ..core.files import read_json, read_json_lines, write_text
 from ..core.registry import policies, recipes, tasks, unknown
-from ..training.choices import new_trainer
+from ..training.choices import new_trainer, selection_in
 from ..training.job import resume, train
 from ..training.run import Run
 
@@ -74,7 +74,7 @@ def begin(
     try:
         if (folder / "metrics.jsonl").exists():
             return resume(folder, config.steps, watch)
-        trainer = new_trainer(config)
+        trainer = new_trainer(config, kept=selection_in(folder, config))
         train(config, folder, watch, trainer=trainer)
     except Stopped:
         print("stopped, as somebody wished", flush=True)

@@ -174,39 +174,44 @@ def bars(
     return fig.update_xaxes(tickvals=list(range(0, len(labels), every)), ticktext=[plain(shorten(w, 16)) for w in labels[::every]])
 
 # %% ../../nbs/show/06_curves.ipynb #c023
-def _bar(frame: Frame, i: int, value: float, key: str, words: str, wide: float) -> str:
-    "One bar with its number."
+def _bar(frame: Frame, i: int, value: float, key: str, words: str, wide: float, dots=()) -> str:
+    "One bar with its number, and points on it."
     x, zero, y = frame.across(i) - wide / 2, frame.down(0), frame.down(value)
     top, tall = min(zero, y), max(1.0, abs(zero - y))
-    number_y = top - 5 if value >= 0 else top + tall + 13
+    number_y = min([top, *map(frame.down, dots)]) - 5 if value >= 0 else max([top + tall, *map(frame.down, dots)]) + 13
     bar = f'<rect x="{x:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="2" {paint(key)}/>'
+    bar += "".join(f'<circle cx="{x + wide * (k + 1) / (len(dots) + 1):.1f}" cy="{frame.down(v):.1f}" r="3" fill-opacity=".7" {paint("ink")}/>' for k, v in enumerate(dots))
     return bar + (text(words, x + wide / 2, number_y, "middle", paint("ink")) if wide >= 6.5 * len(words) - 8 else "")
 
 # %% ../../nbs/show/06_curves.ipynb #c024
 def bars_svg(
     values,         # numbers; None and NaN are left out
-    labels=None,    # a word for each; default 0, 1, 2, ...
+    labels=None,    # a word for each, in one line or two; default 0, 1, 2, ...
     title: str="",
     x_title: str="",
     y_title: str="",
     width: int=640,
     height: int=240,
+    dots=None,      # for each bar the numbers that it is the mean of
 ) -> Drawing:
     "Signed bars as a drawing."
     values, labels, keys, signed = _bars(values, labels)
-    around = [("", [-.6, len(values) - .4], [0.0, 0.0]), ("", [], values)]
-    box = room(around, {}, 22 * bool(title) + 20 * bool(y_title), 18 * bool(x_title), width, height)
+    dots = [[]] * len(values) if dots is None else [list(some) for some in dots]
+    around = [("", [-.6, len(values) - .4], [0.0, 0.0]), ("", [], [*values, *(v for some in dots for v in some)])]
+    below = 15 * any("\n" in label for label in labels)
+    box = room(around, {}, 22 * bool(title) + 20 * bool(y_title), 18 * bool(x_title) + below, width, height)
     pad = .14 * (box.y[1] - box.y[0])
     frame = replace(box, y=(box.y[0] - pad * signed, box.y[1] + pad))
     each = (frame.right - frame.left) / max(1, len(values))
-    words = [shorten(label, 16) for label in labels]
-    every = max(1, math.ceil(7 * max(map(len, words), default=1) / each))
-    x_ticks = [(i, words[i]) for i in range(0, len(words), every)]
+    words = [[shorten(line, 16) for line in label.split("\n")] for label in labels]
+    every = max(1, math.ceil(7 * max((len(line) for lines in words for line in lines), default=1) / each))
+    x_ticks = [(i, words[i][0]) for i in range(0, len(words), every)]
+    second = [text(words[i][1], frame.across(i), frame.bottom + 32, "middle") for i, _ in x_ticks if len(words[i]) > 1]
     y_ticks = list(zip(t := ticks(*frame.y), tick_labels(t)))
-    drawn = [_bar(frame, i, v, k, number(v, signed), .68 * each) for i, (v, k) in enumerate(zip(values, keys)) if not math.isnan(v)]
-    return drawing([*head(title, y_title), *grid(frame, x_ticks, y_ticks, x_title), *drawn], width, height, title or "bars")
+    drawn = [_bar(frame, i, v, k, number(v, signed), .68 * each, some) for i, (v, k, some) in enumerate(zip(values, keys, dots)) if not math.isnan(v)]
+    return drawing([*head(title, y_title), *grid(frame, x_ticks, y_ticks, x_title), *second, *drawn], width, height, title or "bars")
 
-# %% ../../nbs/show/06_curves.ipynb #c028
+# %% ../../nbs/show/06_curves.ipynb #c030
 def histogram(
     values,         # numbers, or {name: numbers}; None, NaN and infinite ones are left out
     bins: int=20,

@@ -95,6 +95,7 @@ def cells_svg(
     low=None,           # ends of the scale
     high=None,
     tall: int=22,       # pixels of a row
+    tokens=True,        # words are tokens: their blanks are seen
 ) -> Drawing:
     "A shaded table. Raises ValueError where labels do not fit."
     values = [clean(list(row), kind) for row in values]
@@ -102,8 +103,8 @@ def cells_svg(
         raise ValueError(f"{len(values)} rows of {sorted({len(r) for r in values})} cells do not fit {len(rows)} row labels and {len(columns)} column labels")
     law = scale([v for row in values for v in row], kind, low, high)
     said = [["" if v is None else number(v, law.kind == "diverging", 2) for v in row] for row in values] if words is None else words
-    said, columns = [[visible(str(w)) if str(w) else "" for w in row] for row in said], [str(c) for c in columns]
-    wide = min(74, max(26, 12 + 7.3 * max((len(w) for row in [*said, columns] for w in row), default=1)))
+    said, columns = [[visible(str(w)) if tokens and str(w) else str(w) for w in row] for row in said], [str(c) for c in columns]
+    wide = min(74 if tokens else 96, max(26, 12 + 7.3 * max((len(w) for row in [*said, columns] for w in row), default=1)))
     left, top = 24 + 7 * max(map(len, map(str, rows)), default=0), 34 + 22 * bool(title) + 20 * bool(y_title)
     shapes = head(title, y_title)
     shapes += [text(shorten(c, max(1, int(wide / 7.3))), left + wide * (k + .5), top - 8, "middle", f'font-family="{MONO}" {paint("soft")}') for k, c in enumerate(columns)]

@@ -19,7 +19,7 @@ class Few(Around):
     n: int = 100       # problems to learn from
 
     def __getattr__(self, name):
-        if name.startswith("__") or name not in ("steps", "route", "harm", "words"):
+        if name.startswith("__") or name not in ("steps", "route", "boxes", "harm", "words"):
             raise AttributeError(name)
         return getattr(self.inner, name)      # what only some tasks can supply
 

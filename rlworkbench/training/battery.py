@@ -106,5 +106,5 @@ def kept_svg(
     right = 100 * np.array(kept.right, dtype=float).reshape(len(kept.rows), -1)
     moved = np.diff(right, axis=0, prepend=right[:1])
     star = lambda t, k: "*" if kept.taught[t] == kept.tasks[k] else ""
-    words = [[f"{v:.0f}{star(t, k)}" if t == 0 else f"{v:.0f} {d:+.0f}{star(t, k)}".replace("-", "−") for k, (v, d) in enumerate(zip(right[t], moved[t]))] for t in range(len(right))]
-    return cells_svg(moved.tolist(), list(kept.rows), [t.removeprefix("digits-") for t in kept.tasks], words, "diverging", title, low=-60, high=60)
+    words = [[f"{v:.0f}{star(t, k)}" if t == 0 else f"{v:.0f} ({d:+.0f}){star(t, k)}".replace("-", "−") for k, (v, d) in enumerate(zip(right[t], moved[t]))] for t in range(len(right))]
+    return cells_svg(moved.tolist(), list(kept.rows), [t.removeprefix("digits-") for t in kept.tasks], words, "diverging", title, low=-60, high=60, tokens=False)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_policy', 'of_a_folder', 'placed', 'of_a_run', 'load_reward', 'digest_of', 'located', 'digests', 'kept_file',
-           'with_passes', 'with_law', 'narrowed', 'keep_selection', 'new_trainer']
+           'with_passes', 'law_of', 'with_law', 'selector_for', 'narrowed', 'chosen_of', 'keep_selection',
+           'selection_in', 'new_trainer']
 
 # %% ../../nbs/training/08_choices.ipynb #c002
 import hashlib
@@ -27,7 +28,7 @@ from ..rollouts.sampling import Sampling
 from .checkpoint import put_weights, read_state
 from .health import attach
 from .loss import check_items
-from .run import Config, read_config
+from .run import Config, Run, read_config
 from .trainer import Trainer
 
 # %% ../../nbs/training/08_choices.ipynb #c005
@@ -136,15 +137,26 @@ def digests(config: Config, task) -> dict:
 
 # %% ../../nbs/training/08_choices.ipynb #c013
 def kept_file(config: Config) -> str:
-    "The file of the selection that a config names; empty where it names a selector."
+    "The file of the selection that a config names; empty where it names a selector. Raises ValueError for a file or folder without one."
     named = Path((config.select or "").removeprefix("file:"))
     file = named / "selection.json" if named.is_dir() else named
+    if config.select and not file.is_file() and (named.suffix == ".json" or named.is_dir() and str(named) not in selectors.all()):
+        raise ValueError(f"{named} holds no selection.json: a run has one if it was trained with --select" if named.is_dir() else f"there is no selection {named}")
     return str(file) if config.select and file.is_file() else ""
 
 # %% ../../nbs/training/08_choices.ipynb #c014
 def with_passes(recipe, config: Config):
     "A recipe or lesson with the config's minibatches and passes, where it says any."
     return recipe.but(**{n: getattr(config, n) for n in ("batches", "epochs") if getattr(config, n) is not None})
+
+
+def law_of(
+    config: Config,
+    law: Sampling,   # the recipe's
+    task,
+) -> Sampling:
+    "How a run draws: the recipe's law with the config's temperature and length, where it names them."
+    return replace(law, max_tokens=config.max_tokens or task.max_tokens, temperature=law.temperature if config.temperature is None else config.temperature)
 
 
 def with_law(config: Config, task=None):
@@ -156,23 +168,47 @@ def with_law(config: Config, task=None):
         return recipe
     if config.reward:
         recipe = recipe.but(rewards=(load_reward(config.reward),))
-    return recipe.but(rollout=replace(recipe.rollout, sampling=Sampling(config.temperature, config.max_tokens or task.max_tokens)))
+    return recipe.but(rollout=replace(recipe.rollout, sampling=law_of(config, recipe.rollout.sampling, task)))
+
+# %% ../../nbs/training/08_choices.ipynb #c015
+def selector_for(config: Config):
+    "The selector that a config names, with its options, or None. Raises ValueError for options it does not take; no policy is needed for that."
+    if not config.select:
+        return None
+    name, _, options = (f"file:{file}", "", "") if (file := kept_file(config)) else config.select.partition(",")
+    return selectors.get(name).told(options)
 
 
 def narrowed(config: Config, task, recipe, policy, kept=None) -> tuple:
     "Task and recipe, with only those training problems that the config's selection takes; `kept` is a selection that was made before. Raises ValueError."
     if not config.select:
         return task, recipe
-    name, _, options = (f"file:{file}", "", "") if (file := kept_file(config)) else config.select.partition(",")
-    return selectors.get(name).narrow(task, recipe, policy, config, options, kept)
+    return selector_for(config).narrow(task, recipe, policy, config, kept)
+
+
+def chosen_of(task) -> dict:
+    "What was selected of a task's problems, plain as JSON; None where all of them are used."
+    return task.selection.told() if hasattr(task, "selection") else None
 
 
 def keep_selection(run, task):
     "Write what was selected into the run's folder, so that a resumed run need not select again."
-    if hasattr(task, "selection"):
-        run.write("selection.json", task.selection.told())
+    if (chosen := chosen_of(task)) is not None:
+        run.write("selection.json", chosen)
 
 
+def selection_in(
+    folder,          # of a run that was begun, or that is to be
+    config: Config,
+) -> dict:           # plain as JSON; None: select
+    "The selection that a folder keeps, if the same settings and the same files made it. Selecting may cost more than a training, so it is done once."
+    run, config = Run(folder), located(config)
+    if not config.select or not all((run.folder / f).is_file() for f in ("selection.json", "config.json")):
+        return None
+    same = all(getattr(run.config, k) == getattr(config, k) for k in ("task", "policy", "dtype", "select", "budget", "query", "seed"))
+    return run.read("selection.json") if same and run.digests == digests(config, tasks.get(config.task)) else None
+
+# %% ../../nbs/training/08_choices.ipynb #c016
 def new_trainer(config: Config, recipe=None, kept=None) -> Trainer:
     "The trainer that a config describes, before its first step; the global generators begin at the config's seed, too. `kept`: its selection, where that was made before."
     task = tasks.get(config.task)
@@ -182,6 +218,7 @@ def new_trainer(config: Config, recipe=None, kept=None) -> Trainer:
             task.items("test")
         except ValueError as e:
             raise ValueError(f"{e}; or do without held-out problems: --evaluate 0") from None
+    selector_for(config)
     policy = load_policy(config.policy, choose_device(config.device), config.dtype)
     if config.dtype == "bfloat16" and not config.lora:
         raise ValueError("weights in bfloat16 round most of their updates away; --lora N trains adapters beside them, which stay in float32")

@@ -87,7 +87,7 @@ def answers(
         some = list(items[at:at + batch])
         step = Step(items=some, group=torch.arange(len(some)).repeat_interleave(group), prompts=policy.encode(some), law=sampling,
                     generator=generator(seed, "evaluate", at), seed=seed)
-        sample(policy.within(step), step, sampling)
+        sample(policy, step, sampling)
         out.append(step)
     return out
 

@@ -24,7 +24,7 @@ from ..policies.lora import check_adapter
 from ..recipes.recipe import Lesson
 from ..rollouts.sampling import Sampling
 from .checkpoint import hand_over, put_weights, read_state, restore
-from .choices import digests, keep_selection, located, new_trainer
+from .choices import digests, keep_selection, located, new_trainer, selection_in
 from .evaluate import answers, evaluate
 from .health import StopRun, heard
 from .run import Config, Run, recorded
@@ -42,7 +42,7 @@ def train(
     if config.parent:
         raise ValueError(f"this config is of a fork of {config.parent}; rlworkbench fork makes such a run")
     config = located(replace(config, threads=str(use_threads(config.threads))))
-    trainer = trainer or new_trainer(config)
+    trainer = trainer or new_trainer(config, kept=selection_in(out, config))
     run = Run.create(out, config, digests(config, trainer.task))
     with run.locked(), told(run), gone_if_empty(run):
         keep_selection(run, trainer.task)

@@ -90,9 +90,9 @@ def target_logps(
 ) -> tuple:           # (N,), (N,)
     "Log-prob of each row's target with and without the reply."
     law, targets = Sampling(), target_tokens(policy, step)
-    with_reply = score(policy.within(step), after_reply(policy, step, targets), law)["logp"].sum(1)
+    with_reply = score(policy, after_reply(policy, step, targets), law)["logp"].sum(1)
     alone = after_reply(policy, replace(step, length=torch.zeros_like(step.length)), targets)
-    return with_reply, score(base.within(step), alone, law)["logp"].sum(1)
+    return with_reply, score(base, alone, law)["logp"].sum(1)
 
 # %% ../../nbs/training/00_supply.ipynb #c012
 @torch.no_grad()
@@ -103,7 +103,7 @@ def drift(
 ) -> dict:              # kl, kl/k1, kl/k2, kl/k3, nats a token
     "Divergence of the sampling policy from the reference on a few groups."
     part = take(step, torch.isin(step.group, step.group.unique()[:groups]))
-    ref = score(reference.within(part), part, part.law)["logp"] if part.ref is None else part.ref
+    ref = score(reference, part, part.law)["logp"] if part.ref is None else part.ref
     found = {f"kl/{k}": float(masked_mean(kl_estimate(part.old, ref, k), part.mask)) for k in ("k1", "k2", "k3")}
     return {"kl": found["kl/k3"], **found}
 
@@ -118,12 +118,12 @@ def rescore(
 ):
     "Fill the columns that are needed and not there yet."
     if step.old is None or "hidden" in needs:
-        out = score(policy.within(step), step, step.law, hidden="hidden" in needs)
+        out = score(policy, step, step.law, hidden="hidden" in needs)
         step.hidden = out.get("hidden")
         if step.old is None:
             step.old, step.entropy, step.collision = out["logp"], out["entropy"], out["collision"]
     if "ref" in needs:
-        step.ref = score(reference.within(step), step, step.law)["logp"]
+        step.ref = score(reference, step, step.law)["logp"]
     if "demos" in needs:
         step.demos = demonstrations(policy, step.items, step.law)
     if "target" in needs:

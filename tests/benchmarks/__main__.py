@@ -23,6 +23,7 @@ from tests.benchmarks.page import RESULTS, write_page
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {     # name: (module, function, arguments)
     "whole step": ("steps", "steps", {}), "learning": ("learning", "learning", {}), "scaling": ("scaling", "scaling", {}), "memory": ("memory", "memory", {}),
+    "what binds": ("binds", "binds", {}),
     "head": ("basics", "head", {}), "attribution": ("attribution", "attribution", {}),
     "rollouts, 36 image tokens": ("basics", "rollouts", {}), "rollouts, 256 image tokens": ("basics", "rollouts", {"image": 128, "prompts": 8}),
     "scoring, 128 prompt tokens": ("basics", "scoring", {}), "health": ("basics", "health", {}), "recording": ("basics", "recording", {}), "whatif": ("basics", "whatif", {}),

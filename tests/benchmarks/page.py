@@ -21,14 +21,14 @@ def read(folder=RESULTS) -> dict:
 
 
 def judged(results: dict) -> list:
-    "(bar, value, low, high, met) of every aim; None where it was not measured."
+    "(bar, value, low, high, met, whether the interval says so, too) of every aim; None where it was not measured."
     out = []
     for bar in BARS:
         try:
             found = results[bar.benchmark]["found"]
-            out.append((bar, *bar.read(found), bar.met(found)))
+            out.append((bar, *bar.read(found), bar.met(found), bar.sure(found)))
         except (KeyError, ValueError):
-            out.append((bar, None, None, None, None))
+            out.append((bar, None, None, None, None, None))
     return out
 
 
@@ -40,18 +40,19 @@ def load_of(result: dict) -> str:
 def aims(results: dict) -> str:
     "Every bar beside its measured value."
     rows = []
-    for bar, value, low, high, met in judged(results):
+    for bar, value, low, high, met, sure in judged(results):
         result = results.get(bar.benchmark)
         measured = "not measured" if value is None else number(value) + bar.unit + (f" [{number(low)}, {number(high)}]" if low is not None else "")
-        rows.append((bar.says, measured, bar.aim(), met, result["date"] if value is not None else "", load_of(result) if value is not None else ""))
-    mark = {True: '<span class="met yes">met</span>', False: '<span class="met no">not met</span>', None: "<span class=soft>—</span>"}
+        rows.append((bar.says, measured, bar.aim(), (met, sure), result["date"] if value is not None else "", load_of(result) if value is not None else ""))
+    mark = {(True, True): '<span class="met yes">met</span>', (True, False): '<span class="met yes">met</span> <span class=soft>not by the whole range</span>', (False, True): '<span class="met no">not met</span>',
+            (False, False): '<span class="met no">not met</span> <span class=soft>its range reaches there</span>', (None, None): "<span class=soft>—</span>"}
     cells = "".join("<tr>" + "".join(f"<td>{mark[x] if i == 3 else plain(x)}</td>" for i, x in enumerate(row)) + "</tr>" for row in rows)
     return "<div class=scroll><table><tr>" + "".join(f"<th>{h}</th>" for h in ("what", "measured", "aim", "", "day", "load")) + f"</tr>{cells}</table></div>"
 
 
 def ranges_svg(rows: list, width: int = 860):
     "One line per ratio: a dot, its interval, and the aim as a bar across; logarithmic."
-    rows = [r for r in rows if r[1] is not None and r[0].unit == " ×"]
+    rows = [r[:-1] for r in rows if r[1] is not None and r[0].unit == " ×"]
     ends = [x for bar, *values, _ in rows for x in (*values, bar.least, bar.most) if x]
     low, high = math.log(min(ends) * .9), math.log(max(ends) * 1.1)
     left, right, each = 290, width - 60, 24
@@ -98,6 +99,20 @@ def scaling(found: dict) -> str:
                         f"Multiplications and additions of matrix products over CPU time, as a share of {found['gemm_peak_gflops']:.0f} GFLOP/s: the fastest 1024 × 1024 product in the same processes, one thread.")
 
 
+def binds(found: dict) -> str:
+    "Where a step's time goes; what was tried."
+    cases = list(found["shares"])
+    rows = [(part, *(f"{100 * found['shares'][c][part]:.0f} %" for c in cases)) for part in found["shares"][cases[0]] if part != "seconds"]
+    out = f'<div class=scroll>{table(["part of a step", *cases], rows, tuple(range(1, len(cases) + 1)))}</div>'
+    out += ("<p class=soft>Shares of the CPU time of a step, as a profiler of Python sees them; being watched makes Python's own share larger. Drawing is a part of its own where a random number is drawn for every word.</p>")
+    tried = {"weights laid out (in, out)": "Matrix products of decoding with weights laid out (in, out), CPU time over that of the usual layout. Not done: the gain is none or small where it would count, and a second copy of all weights is held.",
+             "a number for each row": "Drawing words: torch.multinomial, which draws a random number for each word, over one number for each row and a running sum. Done beyond 4,096 words; below, the draws of earlier runs stay what they were."}
+    for name, says in tried.items():
+        rows = [(k, f"{number(r['ratio'])} × [{number(r['ratio_low'])}, {number(r['ratio_high'])}]") for k, r in found[name].items()]
+        out += f"<p>{plain(says)}</p><div class=scroll>{table(['size', 'ratio'], rows, (1,))}</div>"
+    return out
+
+
 def memory(found: dict) -> str:
     "Peaks of whole processes."
     s, m = found["studio"], found["smollm2"]
@@ -129,9 +144,9 @@ def page(results: dict) -> str:
     "The page as HTML."
     rows = judged(results)
     machines = {f"{r['machine']['processor']}, {r['machine']['cores']} cores, {r['machine']['gigabytes']:g} GB" for r in results.values()}
-    met, missed = sum(r[-1] is True for r in rows), sum(r[-1] is False for r in rows)
-    parts = {"Aims and measurements": aims(results), "Ratios": figure(ranges_svg(rows), "A dot within its aim, a square beyond it; the line is the 95 % interval (of older results and of attribution the range of neighbouring pairs); the upright stroke is the aim.")}
-    for title, name, draw in (("Learning", "learning", learning), ("Growth", "scaling", scaling), ("Memory", "memory", memory)):
+    met, missed = sum(r[4] is True for r in rows), sum(r[4] is False for r in rows)
+    parts = {"Aims and measurements": aims(results), "Ratios": figure(ranges_svg(rows), "A dot within its aim, a square beyond it; the line is the 95 % interval (of whole steps, attribution and older results the range of neighbouring processes); the upright stroke is the aim.")}
+    for title, name, draw in (("Learning", "learning", learning), ("Growth", "scaling", scaling), ("What binds", "what binds", binds), ("Memory", "memory", memory)):
         if name in results:
             parts[title] = draw(results[name]["found"])
     parts["All numbers"] = details(results)
