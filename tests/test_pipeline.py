@@ -69,6 +69,21 @@ def chosen(tmp_path_factory):
     return folder / "out"
 
 
+def stopped_at(place, name, nth, monkeypatch, file, folder):
+    "Run a pipeline that is interrupted when a function of a module is called for the n-th time."
+    real, calls = getattr(place, name), []
+
+    def stop(*a, **k):
+        calls.append(1)
+        if len(calls) == nth:
+            raise Interrupted
+        return real(*a, **k)
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, stop)
+        with pytest.raises(Interrupted):
+            read_pipeline(file).run(folder)
+
+
 @pytest.mark.parametrize("number", [0, 4, 6, 12])
 def test_stopped_after_a_step_of_any_stage(number, whole, tmp_path):
     seen = []
@@ -87,17 +102,7 @@ def test_stopped_after_a_step_of_any_stage(number, whole, tmp_path):
 def test_stopped_between_steps(where, whole, tmp_path, monkeypatch):
     from rlworkbench.training import job, pipeline, run
     place, name, nth = {"evaluating": (job, "evaluate", 4), "saving": (run, "write_state", 5), "making": (job, "new_trainer", 2), "noting": (pipeline, "save", 3)}[where]
-    real, calls = getattr(place, name), []
-
-    def stop(*a, **k):
-        calls.append(1)
-        if len(calls) == nth:
-            raise Interrupted
-        return real(*a, **k)
-    with monkeypatch.context() as patched:
-        patched.setattr(place, name, stop)
-        with pytest.raises(Interrupted):
-            read_pipeline(plan(tmp_path)).run(tmp_path / "killed")
+    stopped_at(place, name, nth, monkeypatch, plan(tmp_path), tmp_path / "killed")
     read_pipeline(plan(tmp_path)).run(tmp_path / "killed")
     assert_same_stages(whole, tmp_path / "killed")
 
@@ -302,17 +307,7 @@ def test_killed_around_a_selection(where, chosen, tmp_path, monkeypatch):
     if place is None:
         interrupted(folder, 7, file)
     else:
-        real, calls = getattr(place, name), []
-
-        def stop(*a, **k):
-            calls.append(1)
-            if len(calls) == nth:
-                raise Interrupted
-            return real(*a, **k)
-        with monkeypatch.context() as patched:
-            patched.setattr(place, name, stop)
-            with pytest.raises(Interrupted):
-                read_pipeline(file).run(folder)
+        stopped_at(place, name, nth, monkeypatch, file, folder)
     if where == "moved":
         shutil.move(folder, folder := tmp_path / "elsewhere")
         assert not (tmp_path / "killed").exists()

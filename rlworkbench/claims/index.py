@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.files import read_json
 from ..core.registry import claims, recipes
 from ..recipes.recipe import Recipe
+from ..recipes.slots import as_written
 from .reproduce import results_folder
 
 # %% ../../nbs/claims/10_index.ipynb #c005
@@ -38,10 +39,10 @@ def changed(
     method,       # a Recipe or a Lesson
     base=None,    # a Recipe; None: grpo
 ) -> str:
-    "The slots in which a recipe differs from GRPO; the terms of a lesson."
+    "The slots in which a recipe differs from GRPO; the terms of a lesson, and whether it tells its demonstrations otherwise."
     base = base or recipes.get("grpo")
     if not isinstance(method, Recipe):
-        return "a lesson: " + ", ".join(t.name for t in method.terms)
+        return "a lesson: " + ", ".join([t.name for t in method.terms] + ["told"] * (method.told is not as_written))
     slots = {s.partition("[")[0] for s in base.diff(method).index}
     return ", ".join(f.name for f in fields(Recipe) if f.name in slots) or "none"
 

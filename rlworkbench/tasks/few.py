@@ -10,30 +10,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..core.registry import tasks
-from .task import Around, Drawn, Task, TaskSource
+from .task import Alike, Drawn, Task, TaskSource
 
 # %% ../../nbs/tasks/30_few.ipynb #c004
 @dataclass(frozen=True)
-class Few(Around):
+class Few(Alike):
     "Another task with a small training split."
     n: int = 100       # problems to learn from
 
-    def __getattr__(self, name):
-        if name.startswith("__") or name not in ("steps", "route", "boxes", "harm", "words"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)      # what only some tasks can supply
-
     def items(self, split="train"):
         return _first(self.inner, self.n) if split == "train" else self.inner.items(split)
-
-    def feedback(self, item, text):
-        return self.inner.feedback(item, text)
-
-    def gold(self, item):
-        return self.inner.gold(item)
-
-    def wrong(self, item):
-        return self.inner.wrong(item)
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import cache
 from ..core.item import Item
 from ..core.registry import tasks
 from ..core.seeds import derive
-from .task import Around, Drawn, Task, TaskSource, answer_of
+from .task import Alike, Drawn, Task, TaskSource, answer_of
 
 # %% ../../nbs/tasks/31_junk.ipynb #c004
 def skipped(
@@ -38,25 +38,11 @@ def spoiled(
 
 # %% ../../nbs/tasks/31_junk.ipynb #c006
 @dataclass(frozen=True)
-class Junk(Around):
+class Junk(Alike):
     "Another task with spoiled demonstrations among those of its training problems."
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name not in ("steps", "route", "boxes", "harm", "words"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)      # what only some tasks can supply
 
     def items(self, split="train"):
         return _mixed(self) if split == "train" else self.inner.items(split)
-
-    def feedback(self, item, text):
-        return self.inner.feedback(item, text)
-
-    def gold(self, item):
-        return self.inner.gold(item)
-
-    def wrong(self, item):
-        return self.inner.wrong(item)
 
 
 @cache
