@@ -40,7 +40,7 @@ demo: .venv/.core
 	$(BIN)/rlworkbench demo --force
 
 test: .venv/.dev
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lab: .venv/.lab
 	$(BIN)/jupyter lab --ip=127.0.0.1 nbs

@@ -74,7 +74,7 @@ def window(chromium):
     def opened(url: str = "", forgiven: str = "", **how):
         page = chromium.new_context(**({"viewport": {"width": 1280, "height": 1000}} | how)).new_page()
         page.said = []
-        say = lambda text: None if forgiven and re.search(forgiven, text) else page.said.append(text)
+        say = lambda text: None if re.search(f"AbortError|errored out{forgiven and '|'}{forgiven}", text) else page.said.append(text)      # what gradio says of its own stream when a page is left
         page.on("pageerror", lambda e: say(f"error: {e}"))
         page.on("console", lambda m: say(f"console: {m.text} {m.location}") if m.type == "error" else None)
         page.on("request", lambda r: say(f"asked: {r.url}") if not r.url.startswith(tuple(filter(None, (url, "data:", "blob:", "file:")))) else None)

@@ -180,7 +180,7 @@ def test_endpoints_of_two_visitors(url):
 
 @pytest.fixture
 def page(window, url):
-    return window(url, "AbortError|errored out")      # what gradio says of its own stream when a page is left
+    return window(url)
 
 
 def choose(page, *names):
