@@ -1,6 +1,6 @@
 """What a run on TRL shares with one at home: adapters, small policies, selections, watchers, interruptions, and what is refused."""
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,31 +12,14 @@ from rlworkbench.core.registry import recipes, watchers
 from rlworkbench.engines import job
 from rlworkbench.engines.config import engine_trainer
 from rlworkbench.policies.micro import MICROS, random_micro
-from rlworkbench.recipes.slots import Spec
 from rlworkbench.training.choices import new_trainer
 from rlworkbench.training.health import StopRun, WatcherSpec
 from rlworkbench.training.run import Run
 from tests import trl_side
-from tests.test_engine_trl import said
+from tests.test_engine_trl import Slow, said
 
 ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
 REWARD = "def odd(item, text):\n    return float(len(text) % 3)\n"
-
-
-@dataclass(frozen=True, repr=False)
-class Drifting(Spec):
-    "Distance from a baseline that remembers."
-    share: float = .5
-
-    def init(self):
-        return {"mean": torch.zeros(()), "seen": 0}
-
-    def __call__(self, step):
-        return step.reward - step.memory["Drifting"]["mean"].to(step.reward)
-
-    def after(self, step, grads=None):
-        held = step.memory["Drifting"]
-        return {"mean": held["mean"].lerp(step.reward.mean().float().cpu(), self.share), "seen": held["seen"] + 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +34,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def drifting(monkeypatch):
     "A recipe with a memory, by name."
-    monkeypatch.setitem(recipes.all(), "drifting", recipes.get("grpo").but(name="drifting", advantage=Drifting()))
+    monkeypatch.setitem(recipes.all(), "drifting", recipes.get("grpo").but(name="drifting", advantage=Slow()))
 
 
 # --- the same gradient ---
