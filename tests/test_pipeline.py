@@ -379,14 +379,14 @@ def test_the_matrix_says_which_stage_taught_what():
 
 
 @pytest.mark.slow
-def test_a_pipeline_killed_twelve_times(tmp_path):
+def test_a_pipeline_killed_at_random(tmp_path):
     """SIGKILL at random instants in any stage, the same command again, until it is done: the same bits."""
     stages = [{**s, "steps": 120, "record": "full", "checkpoint": 7} for s in STAGES] + [{**CHOOSE, "select": "rif,samples=512"}, {**LEARN, "steps": 60, "checkpoint": 7}]
     file = plan(tmp_path, stages)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", RUN, str(file), str(tmp_path / "whole")], check=True)
     length, stream, kills = time.perf_counter() - start, random.Random(0), 0
-    for k in range(6):
+    for k in range(2):
         for _ in range(12):
             process = subprocess.Popen([sys.executable, "-c", RUN, str(file), str(tmp_path / f"killed-{k}")], stderr=subprocess.DEVNULL)
             try:
@@ -398,4 +398,4 @@ def test_a_pipeline_killed_twelve_times(tmp_path):
                 kills += 1
         read_pipeline(file).run(tmp_path / f"killed-{k}")
         assert_same_stages(tmp_path / "whole", tmp_path / f"killed-{k}")
-    assert kills >= 6
+    assert kills >= 2
